@@ -1,0 +1,31 @@
+"""The copy loops: an NBD export into a sink, a source onto an NBD export."""
+
+from vmbackupd.engine.nbd import NbdConnection
+from vmbackupd.engine.progress import Progress as Progress
+from vmbackupd.engine.sink import ChunkSink, ChunkSource
+
+def copy_in(
+    source: NbdConnection, sink: ChunkSink, progress: Progress, *, in_flight: int = 16, request: int = 1 << 20
+) -> None:
+    """Copy a whole export into ``sink``, in image order. Blocking; runs without the GIL.
+
+    Block status is asked first: what the server says is zero does not travel, and chunks that turn out to be zeros are
+    handed over as such. ``in_flight`` buffers of ``request`` bytes (at most 4 MiB, whole chunks) are the memory it takes,
+    64 MiB at most. Errors: SourceError (also if the export is smaller than the sink's image), Cancelled within about
+    200 ms of ``progress.cancel()``, and whatever the sink raises; each of them closes the connection.
+    """
+
+def copy_out(
+    source: ChunkSource,
+    target: NbdConnection,
+    progress: Progress,
+    *,
+    target_is_zero: bool,
+    in_flight: int = 16,
+    request: int = 1 << 20,
+) -> None:
+    """Copy a whole image onto an export, then flush it. Blocking; runs without the GIL.
+
+    Zeros are written as zeroes, or left out if ``target_is_zero``. Errors: TargetRefused (read-only or too small;
+    nothing was written), TargetError, Cancelled, and whatever the source raises; all but the first close the connection.
+    """

@@ -1,0 +1,492 @@
+# cython: cdivision=True
+"""Where chunks lie. Files are read in blocks of 4 KiB, each checked against its keyed hash, through a bounded cache.
+
+Not memory-mapped: an I/O error in a mapping is a SIGBUS that ends the daemon, and mapped pages count as its memory; a
+``pread`` of one block costs about 2 us with its hash. A block that cannot be read or does not match counts as empty:
+a writer then stores the chunk again, a reader falls back to the packs, which are the truth.
+"""
+
+import os
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc, qsort, realloc
+from libc.string cimport memcmp, memcpy, memset
+from posix.unistd cimport pread
+
+from vmbackupd.engine.blake3 cimport keyed_hash
+from vmbackupd.engine.cursor cimport Cursor, cursor_over, read_u8, read_u16le, read_u32le, read_u64le, take
+from vmbackupd.engine.layout cimport (
+    BLOCK,
+    BLOCK_ENTRIES,
+    DIRECTORY_ENTRY,
+    ENTRY,
+    KIND_CHUNK,
+    KIND_ROOT,
+    MAX_RAW,
+    NAME,
+    PACK_HEADER,
+    PACK_ID,
+    RECORD_HEADER,
+    Entry,
+    decode_entry,
+    encode_entry,
+    load_u32,
+    name_prefix,
+    store_u16,
+    store_u32,
+    store_u64,
+)
+from vmbackupd.engine.threads cimport (
+    pthread_mutex_destroy,
+    pthread_mutex_init,
+    pthread_mutex_lock,
+    pthread_mutex_t,
+    pthread_mutex_unlock,
+)
+
+from vmbackupd.errors import RepositoryCorrupt, StorageError
+
+cdef enum:
+    HEADER = 64             # bytes before the first block
+    TAG = 32                # bytes of the seal at the end
+    VERSION = 1
+    CACHE_SLOTS = 8192      # blocks kept in memory at most: 32 MiB
+    MAX_TAIL = 1 << 30      # bytes of pack table and directory that are believed: 26 million blocks
+
+cdef bytes MAGIC = b"VMBKINDX"
+cdef uint32_t next_serial = 1
+
+
+# ---- the table a writer fills
+
+cdef class EntryTable:
+    """Entries by name, in memory: 48 bytes an entry and 4 to 8 for finding it."""
+
+    def __cinit__(self):
+        self.room = 1024
+        self.mask = 4095
+        self.entries = <uint8_t *>malloc(self.room * <size_t>ENTRY)
+        self.slots = <uint32_t *>calloc(self.mask + 1, sizeof(uint32_t))
+        if self.entries == NULL or self.slots == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self.entries)
+        free(self.slots)
+
+    def __len__(self):
+        return self.count
+
+    # The slot that holds the name, or the free one where it would go. Names are hashes: their bits need no mixing.
+    cdef uint32_t *_slot(self, const uint8_t *name) noexcept nogil:
+        cdef uint32_t at = load_u32(name) & self.mask
+        while self.slots[at] and memcmp(self.entries + (self.slots[at] - 1) * <size_t>ENTRY, name, NAME) != 0:
+            at = (at + 1) & self.mask
+        return &self.slots[at]
+
+    cdef bint find(self, const uint8_t *name, Entry *entry) noexcept nogil:
+        cdef uint32_t *slot = self._slot(name)
+        if slot[0] == 0:
+            return False
+        decode_entry(self.entries + (slot[0] - 1) * <size_t>ENTRY, entry)
+        return True
+
+    cdef int add(self, const uint8_t *name, const Entry *entry) noexcept nogil:
+        cdef uint32_t *slot = self._slot(name)
+        if slot[0]:
+            return 0
+        if self.count == self.room:
+            if self._grow() < 0:
+                return -1
+            slot = self._slot(name)
+        encode_entry(self.entries + self.count * <size_t>ENTRY, name, entry)
+        self.count += 1
+        slot[0] = self.count
+        return 1
+
+    cdef void replace(self, const uint8_t *name, const Entry *entry) noexcept nogil:
+        cdef uint32_t *slot = self._slot(name)
+        if slot[0]:
+            encode_entry(self.entries + (slot[0] - 1) * <size_t>ENTRY, name, entry)
+
+    cdef int _grow(self) noexcept nogil:
+        cdef uint32_t room = self.room * 2
+        cdef uint32_t mask = room * 2 - 1
+        cdef uint8_t *entries
+        cdef uint32_t *slots
+        cdef uint32_t number
+        if self.room >= 1 << 30:
+            return -1
+        entries = <uint8_t *>realloc(self.entries, room * <size_t>ENTRY)
+        if entries == NULL:
+            return -1
+        self.entries = entries
+        self.room = room
+        if mask > self.mask:
+            slots = <uint32_t *>calloc(<size_t>mask + 1, sizeof(uint32_t))
+            if slots == NULL:
+                return -1
+            free(self.slots)
+            self.slots = slots
+            self.mask = mask
+            for number in range(self.count):
+                self._slot(self.entries + number * <size_t>ENTRY)[0] = number + 1
+        return 0
+
+    def add_pack(self, const uint8_t[::1] entries not None, uint32_t pack, uint64_t limit, str label not None):
+        """Take in a pack's own index as pack number ``pack``; names that are here already stay as they are.
+
+        ``limit`` is where the pack's records end. RepositoryCorrupt if an entry points outside of them.
+        """
+        cdef size_t length = entries.shape[0]
+        cdef size_t number
+        cdef Entry entry
+        cdef int added = 0
+        if length % ENTRY:
+            raise RepositoryCorrupt(f"{label}: its index has {length} bytes, no whole number of entries")
+        for number in range(length // ENTRY):
+            decode_entry(&entries[number * ENTRY], &entry)
+            if not _plausible(&entry) or entry.offset < PACK_HEADER or entry.offset + <uint64_t>entry.stored \
+                    + RECORD_HEADER > limit:
+                raise RepositoryCorrupt(f"{label}: entry {number} of its index points outside of the pack")
+            entry.pack = pack
+            added = self.add(&entries[number * ENTRY], &entry)
+            if added < 0:
+                raise MemoryError
+
+    def contains(self, bytes name not None):
+        """Is this 32 byte name here?"""
+        cdef Entry entry
+        if len(name) != NAME:
+            raise ValueError(f"a name has {NAME} bytes, not {len(name)}")
+        return bool(self.find(<const uint8_t *>name, &entry))
+
+    def clear(self):
+        """Forget all entries, keep the memory."""
+        self.count = 0
+        memset(self.slots, 0, (<size_t>self.mask + 1) * sizeof(uint32_t))
+
+    def encode(self, bytes key not None, bytes repository not None, bytes index not None, list packs not None):
+        """The table as the bytes of an index file (a list of buffers to be written one after another).
+
+        ``packs`` are the ids that the entries' pack numbers count in, ``key`` the seal key, ``repository`` and
+        ``index`` 16 byte ids. Sorts the entries in place, so the table is cleared afterwards.
+        """
+        cdef uint64_t blocks = (self.count + BLOCK_ENTRIES - 1) // BLOCK_ENTRIES
+        cdef bytearray body = bytearray(blocks * BLOCK)
+        cdef bytearray directory = bytearray(blocks * DIRECTORY_ENTRY)
+        cdef bytearray header = bytearray(HEADER)
+        cdef uint8_t *out = <uint8_t *><char *>body
+        cdef uint8_t *line = <uint8_t *><char *>directory
+        cdef uint8_t *head = <uint8_t *><char *>header
+        cdef const uint8_t *secret = <const uint8_t *><char *>key
+        cdef uint64_t block, first, length
+        if len(key) != 32 or len(repository) != 16 or len(index) != 16 or any(len(pack) != PACK_ID for pack in packs):
+            raise ValueError("ids have 16 bytes, keys 32")
+        memcpy(head, <char *>MAGIC, 8)
+        store_u16(head + 8, VERSION)
+        memcpy(head + 16, <char *>repository, 16)
+        memcpy(head + 32, <char *>index, 16)
+        store_u64(head + 48, self.count)
+        store_u32(head + 56, <uint32_t>len(packs))
+        store_u32(head + 60, <uint32_t>blocks)
+        with nogil:
+            qsort(self.entries, self.count, ENTRY, _by_name)
+            for block in range(blocks):
+                first = block * BLOCK_ENTRIES
+                length = min(<uint64_t>BLOCK_ENTRIES, self.count - first)
+                memcpy(out + block * BLOCK, self.entries + first * ENTRY, length * ENTRY)
+                memcpy(line + block * DIRECTORY_ENTRY, out + block * BLOCK, 8)
+                keyed_hash(secret, out + block * BLOCK, BLOCK, line + block * DIRECTORY_ENTRY + 8)
+        self.clear()
+        tail = b"".join(packs) + directory
+        return [bytes(header), body, tail, _seal(key, bytes(header) + tail)]
+
+
+cdef int _by_name(const void *left, const void *right) noexcept nogil:
+    return memcmp(left, right, NAME)
+
+
+# Could a writer have made this entry? Keeps every later sum of its fields far from overflow.
+cdef bint _plausible(const Entry *entry) noexcept nogil:
+    return (
+        KIND_CHUNK <= entry.kind <= KIND_ROOT and 0 < entry.raw <= MAX_RAW and 0 < entry.stored <= MAX_RAW + BLOCK
+        and entry.offset >= PACK_HEADER
+    )
+
+
+cdef bytes _seal(bytes key, bytes data):
+    cdef uint8_t tag[32]
+    cdef const uint8_t *start = <const uint8_t *><char *>data
+    cdef const uint8_t *secret = <const uint8_t *><char *>key
+    cdef size_t length = len(data)
+    with nogil:
+        keyed_hash(secret, start, length, tag)
+    return tag[:TAG]
+
+
+# ---- one file
+
+cdef class IndexFile:
+    """An index file that is open. Keeps its directory in memory: 40 bytes for each 4 KiB block."""
+
+    def __cinit__(self, int fd, bytes key not None, bytes repository not None, object label, bytes index=None):
+        """Takes over ``fd``, also when this raises. ``index`` is the id the file must carry, if it is known.
+
+        RepositoryCorrupt if the file is no index of this repository, truncated or damaged outside of its blocks.
+        """
+        global next_serial
+        self.index.fd = fd
+        self.label = label
+        self.index.serial = next_serial
+        next_serial += 1
+        if len(key) != 32 or len(repository) != 16:
+            raise ValueError("a key has 32 bytes, an id 16")
+        memcpy(self.index.key, <char *>key, 32)
+        header, tail = self._read()
+        self._parse_header(header, repository, index, len(tail))
+        if _seal(key, header + tail[:-TAG]) != tail[-TAG:]:
+            raise RepositoryCorrupt(f"index {self.label} does not match its checksum")
+        self._parse_tail(tail)
+
+    def __dealloc__(self):
+        if self.index.fd >= 0:
+            os.close(self.index.fd)
+        free(self.index.prefixes)
+        free(self.index.tags)
+        free(self.index.packs)
+
+    def _read(self):
+        """Header and tail of the file; the length of the blocks between them is checked against the file's."""
+        try:
+            size = os.fstat(self.index.fd).st_size
+            header = os.pread(self.index.fd, HEADER, 0)
+            blocks = int.from_bytes(header[60:64], "little")
+            at = HEADER + blocks * BLOCK
+            if len(header) < HEADER or at + TAG > size or size - at > MAX_TAIL:
+                raise RepositoryCorrupt(f"index {self.label} is truncated or no index: it has {size} bytes")
+            tail = b""
+            while len(tail) < size - at:
+                part = os.pread(self.index.fd, size - at - len(tail), at + len(tail))
+                if not part:
+                    raise RepositoryCorrupt(f"index {self.label} became shorter while it was read")
+                tail += part
+        except OSError as reason:
+            raise StorageError(f"index {self.label}: {reason}") from reason
+        return header, tail
+
+    cdef int _parse_header(self, bytes header, bytes repository, bytes expected, size_t tail) except -1:
+        cdef Cursor cursor = cursor_over(<const uint8_t *><char *>header, len(header))
+        cdef const uint8_t *magic = take(&cursor, 8)
+        cdef uint32_t version = read_u16le(&cursor)
+        cdef uint8_t cipher = read_u8(&cursor)
+        cdef const uint8_t *owner
+        cdef const uint8_t *own
+        take(&cursor, 5)
+        owner = take(&cursor, 16)
+        own = take(&cursor, 16)
+        self.index.entries = read_u64le(&cursor)
+        self.index.pack_count = read_u32le(&cursor)
+        self.index.blocks = read_u32le(&cursor)
+        if cursor.failed or memcmp(magic, <char *>MAGIC, 8) != 0:
+            raise RepositoryCorrupt(f"index {self.label} is no index")
+        if version != VERSION or cipher != 0:
+            raise RepositoryCorrupt(f"index {self.label} has format {version}.{cipher}, this program reads {VERSION}.0")
+        if memcmp(owner, <char *>repository, 16) != 0:
+            raise RepositoryCorrupt(f"index {self.label} belongs to another repository")
+        if expected is not None and own[:16] != expected:
+            raise RepositoryCorrupt(f"index {self.label} is stored under the wrong name: it is index {own[:16].hex()}")
+        if (
+            self.index.blocks != (self.index.entries + BLOCK_ENTRIES - 1) // BLOCK_ENTRIES
+            or tail != self.index.pack_count * <uint64_t>PACK_ID + self.index.blocks * DIRECTORY_ENTRY + TAG
+        ):
+            raise RepositoryCorrupt(f"index {self.label} has not the length its header tells")
+        return 0
+
+    cdef int _parse_tail(self, bytes tail) except -1:
+        cdef Cursor cursor = cursor_over(<const uint8_t *><char *>tail, len(tail))
+        cdef index_t *index = &self.index
+        cdef const uint8_t *packs = take(&cursor, index.pack_count * <size_t>PACK_ID)
+        cdef const uint8_t *prefix
+        cdef const uint8_t *tag
+        cdef uint64_t block
+        # one byte more than needed: malloc(0) may be NULL
+        index.prefixes = <uint64_t *>malloc(index.blocks * sizeof(uint64_t) + 1)
+        index.tags = <uint8_t *>malloc(index.blocks * TAG + 1)
+        index.packs = <uint8_t *>malloc(index.pack_count * <size_t>PACK_ID + 1)
+        if index.prefixes == NULL or index.tags == NULL or index.packs == NULL:
+            raise MemoryError
+        if packs != NULL:
+            memcpy(index.packs, packs, index.pack_count * <size_t>PACK_ID)
+        for block in range(index.blocks):
+            prefix = take(&cursor, 8)
+            tag = take(&cursor, TAG)
+            if cursor.failed:
+                raise RepositoryCorrupt(f"index {self.label}: its directory is truncated")
+            index.prefixes[block] = name_prefix(prefix)
+            memcpy(index.tags + block * TAG, tag, TAG)
+            if block and index.prefixes[block] < index.prefixes[block - 1]:
+                raise RepositoryCorrupt(f"index {self.label}: its directory is not sorted")
+        return 0
+
+    @property
+    def count(self):
+        """Number of entries."""
+        return self.index.entries
+
+    @property
+    def damaged(self):
+        """How many times a block was found damaged or unreadable since the file was opened."""
+        return self.index.damaged
+
+    def pack_ids(self):
+        """The 16 byte ids of the packs this index covers."""
+        return [self.index.packs[number * PACK_ID:(number + 1) * PACK_ID] for number in range(self.index.pack_count)]
+
+    def check(self):
+        """Read every block. RepositoryCorrupt if one is damaged, out of order or points to no pack."""
+        for _ in self._blocks():
+            pass
+
+    def names(self):
+        """Iterate over (name, kind, pack number) of all entries, sorted. RepositoryCorrupt as for ``check``."""
+        cdef Entry entry
+        for block, length in self._blocks():
+            for at in range(0, length * ENTRY, ENTRY):
+                decode_entry(<const uint8_t *><char *>block + at, &entry)
+                yield block[at : at + NAME], entry.kind, entry.pack
+
+    def _blocks(self):
+        cdef bytes last = b""
+        cdef bytes data
+        cdef Entry entry
+        for block in range(self.index.blocks):
+            length = min(<uint64_t>BLOCK_ENTRIES, self.index.entries - block * BLOCK_ENTRIES)
+            try:
+                data = os.pread(self.index.fd, BLOCK, HEADER + block * BLOCK)
+            except OSError as reason:
+                raise StorageError(f"index {self.label}: {reason}") from reason
+            if _seal(self.index.key[:32], data) != self.index.tags[block * TAG:(block + 1) * TAG]:
+                raise RepositoryCorrupt(f"index {self.label}: block {block} does not match its checksum")
+            for at in range(0, length * ENTRY, ENTRY):
+                decode_entry(<const uint8_t *><char *>data + at, &entry)
+                if data[at : at + NAME] <= last or entry.pack >= self.index.pack_count or not _plausible(&entry):
+                    raise RepositoryCorrupt(f"index {self.label}: block {block} holds an impossible entry")
+                last = data[at : at + NAME]
+            yield data, length
+
+
+# ---- the files together
+
+cdef class IndexSet:
+    """Index files that are searched together, with one cache of blocks."""
+
+    def __cinit__(self, files=()):
+        cdef size_t slots = 16
+        cdef size_t blocks = 0
+        cdef size_t i
+        cdef IndexFile file
+        self.files = tuple(files)
+        self.length = len(self.files)
+        self.indexes = <index_t **>malloc(self.length * sizeof(index_t *) + 1)
+        if self.indexes == NULL:
+            raise MemoryError
+        for i in range(self.length):
+            file = self.files[i]
+            self.indexes[i] = &file.index
+            blocks += file.index.blocks
+        while slots < blocks and slots < CACHE_SLOTS:
+            slots *= 2
+        self.mask = slots - 1
+        self.keys = <uint64_t *>calloc(slots, sizeof(uint64_t))
+        self.cache = <uint8_t *>malloc(slots * BLOCK)
+        if self.keys == NULL or self.cache == NULL:
+            raise MemoryError
+        for i in range(STRIPES):
+            pthread_mutex_init(&self.locks[i], NULL)
+
+    def __dealloc__(self):
+        free(self.indexes)
+        free(self.keys)
+        free(self.cache)
+
+    def __len__(self):
+        return sum(file.count for file in self.files)
+
+    cdef Py_ssize_t find(self, const uint8_t *name, size_t start, Entry *entry) noexcept nogil:
+        cdef uint64_t prefix = name_prefix(name)
+        cdef index_t *index
+        cdef uint64_t low, high, middle
+        cdef size_t which
+        for which in range(start, self.length):
+            index = self.indexes[which]
+            # the first block whose first name is surely above the one that is looked for
+            low = 0
+            high = index.blocks
+            while low < high:
+                middle = (low + high) // 2
+                if index.prefixes[middle] > prefix:
+                    high = middle
+                else:
+                    low = middle + 1
+            # the block before it, and those before that begin with the same prefix
+            while low > 0:
+                low -= 1
+                if self._search(index, low, name, entry):
+                    return <Py_ssize_t>which
+                if index.prefixes[low] < prefix:
+                    break
+        return -1
+
+    # Searches one block. A damaged block is an empty one.
+    cdef int _search(self, index_t *index, uint64_t block, const uint8_t *name, Entry *entry) noexcept nogil:
+        cdef uint64_t key = ((<uint64_t>index.serial << 32) | block) + 1
+        cdef size_t slot = <size_t>((key * 0x9E3779B97F4A7C15ULL) >> 40) & self.mask
+        cdef pthread_mutex_t *lock = &self.locks[slot % STRIPES]
+        cdef uint8_t *data = self.cache + slot * BLOCK
+        cdef uint8_t tag[32]
+        cdef uint64_t low = 0
+        cdef uint64_t high = min(<uint64_t>BLOCK_ENTRIES, index.entries - block * BLOCK_ENTRIES)
+        cdef uint64_t middle
+        cdef int order
+        cdef int found = 0
+        pthread_mutex_lock(lock)
+        if self.keys[slot] != key:
+            self.keys[slot] = 0
+            if pread(index.fd, data, BLOCK, HEADER + block * BLOCK) != BLOCK:
+                index.damaged += 1
+                high = 0
+            else:
+                keyed_hash(index.key, data, BLOCK, tag)
+                if memcmp(tag, index.tags + block * TAG, TAG) == 0:
+                    self.keys[slot] = key
+                else:
+                    index.damaged += 1
+                    high = 0
+        while low < high:
+            middle = (low + high) // 2
+            order = memcmp(data + middle * ENTRY, name, NAME)
+            if order == 0:
+                decode_entry(data + middle * ENTRY, entry)
+                found = _plausible(entry) and entry.pack < index.pack_count
+                break
+            if order < 0:
+                low = middle + 1
+            else:
+                high = middle
+        pthread_mutex_unlock(lock)
+        return found
+
+    cdef const uint8_t *pack_id(self, size_t which, uint32_t pack) noexcept nogil:
+        return self.indexes[which].packs + pack * <size_t>PACK_ID
+
+    def lookup(self, bytes name not None):
+        """(pack id, offset, stored, raw, kind) of a 32 byte name, or None."""
+        cdef Entry entry
+        cdef Py_ssize_t which
+        if len(name) != NAME:
+            raise ValueError(f"a name has {NAME} bytes, not {len(name)}")
+        which = self.find(<const uint8_t *><char *>name, 0, &entry)
+        if which < 0:
+            return None
+        return self.pack_id(which, entry.pack)[:PACK_ID], entry.offset, entry.stored, entry.raw, entry.kind

@@ -1,0 +1,56 @@
+"""Judges a restored set of disks: what the writer's logs say, and what e2fsck says. Uses nothing of the project's code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from tests.lab import volumes, writer
+from tests.lab.guest import LOGS
+
+LOGICAL = {"data": "vgdata/data", "iscsi": "vgiscsi/iscsi", "lun": "vglun/lun", "span": "vgspan/span", "root": "vgroot/root"}
+
+
+def as_raw(disks: Mapping[str, Path], scratch: Path) -> dict[str, Path]:
+    """Raw copies of ``disks`` (volume id -> image file) in ``scratch``; raw images are taken as they are."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for name, path in disks.items():
+        with path.open("rb") as image:
+            qcow2 = image.read(4) == b"QFI\xfb"
+        found[name] = volumes.to_raw(path, scratch / f"{len(found)}.raw") if qcow2 else path
+    return found
+
+
+def filesystems(raw: Mapping[str, Path], scratch: Path) -> dict[str, Path]:
+    """Volume (root, data, iscsi, lun, span) -> raw file of its ext4, taken out of the raw disks."""
+    logical = volumes.logical_volumes(raw.values())
+    found = {}
+    for name, path in LOGICAL.items():
+        if path in logical:
+            found[name] = logical[path].extract(scratch / f"{name}.ext4")
+    if "root" not in found:
+        found["root"] = raw["vda"]
+    return found
+
+
+def last_records(images: Mapping[str, Path]) -> dict[str, int]:
+    """Volume -> number of the last record of its log. No record may be torn."""
+    found = {}
+    for name, image in images.items():
+        log = writer.check(volumes.read_file(image, LOGS[name] if name == "root" else "/log"))
+        assert not log.torn, f"{name}: torn record after {log.last}"
+        found[name] = log.last
+    return found
+
+
+def judge(disks: Mapping[str, Path], scratch: Path) -> dict[str, int]:
+    """Assert that ``disks`` are at one instant: logs within one record, none torn, filesystems clean without a replay."""
+    images = filesystems(as_raw(disks, scratch), scratch)
+    assert set(images) == set(LOGS)
+    for name, image in images.items():
+        assert not volumes.needs_recovery(image), f"{name} was not frozen at T1"
+        volumes.check_filesystem(image)
+    records = last_records(images)
+    assert max(records.values()) - min(records.values()) <= 1, f"not one instant: {records}"
+    return records

@@ -1,0 +1,113 @@
+"""The daemon under test as users meet it: a process of its own on the lab's bus, driven by ``vmbackupctl`` processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.lab import Lab
+from vmbackupd.job.faultpoints import VARIABLE
+
+START_DEADLINE = 120.0  # recovery runs before the daemon is ready
+COMMAND_DEADLINE = 400.0
+
+
+class CommandError(AssertionError):
+    """``vmbackupctl`` ended with a status the test did not expect."""
+
+
+class Service:
+    """``with Service(lab, directory)``: a running daemon with a repository; ``ctl("backup", "plain")`` returns its JSON."""
+
+    def __init__(self, lab: Lab, directory: Path, **settings: str) -> None:
+        self.lab, self.directory = lab, directory
+        directory.mkdir(parents=True, exist_ok=True)
+        self.scratch = directory / "scratch"
+        self.repository = directory / "repository"
+        self.state = directory / "state"
+        self.log = directory / "daemon.log"
+        self.config = directory / "vmbackupd.toml"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.configure(**settings)
+
+    def configure(self, **settings: str) -> None:
+        """Write the configuration; ``settings`` are lines by table, e.g. ``scratch='size = "1 MiB"'``."""
+        tables = {
+            "repository": f'path = "{self.repository}"',
+            "hypervisor": f'uri = "{self.lab.libvirt_uri}"',
+            "guest": "freeze_budget = 20.0\nlease = 300",
+            "scratch": f'directory = "{self.scratch}"',
+        }
+        for table, lines in settings.items():
+            tables[table] = "\n".join(filter(None, (tables.get(table), lines)))
+        head = f'state_directory = "{self.state}"\nruntime_directory = "{self.lab.dir}/r"\n'
+        self.config.write_text(head + "".join(f"[{name}]\n{lines}\n" for name, lines in tables.items()))
+
+    def __enter__(self) -> Service:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def start(self, faultpoints: str = "") -> None:
+        """Start the daemon and wait until it says that it is ready."""
+        ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        path = str(self.directory / "notify")
+        Path(path).unlink(missing_ok=True)
+        ready.bind(path)
+        ready.settimeout(START_DEADLINE)
+        environment = dict(os.environ, NOTIFY_SOCKET=path, **{VARIABLE: faultpoints})
+        with self.log.open("ab") as log, ready:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "vmbackupd", "--config", str(self.config), "--bus-address", self.lab.bus_address],
+                cwd=Path(__file__).parent.parent.parent, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            while b"READY=1" not in ready.recv(4096):
+                assert self.process.poll() is None, self.tail()
+
+    def restart(self, faultpoints: str = "") -> None:
+        self.stop()
+        self.start(faultpoints)
+
+    def stop(self) -> None:
+        """End the daemon in order; fails when it does not end well."""
+        process, self.process = self.process, None
+        if process is not None:
+            process.send_signal(signal.SIGTERM)
+            status = process.wait(timeout=60)
+            assert status == 0, f"the daemon ended with {status}:\n{self.tail()}"
+
+    def wait_killed(self) -> None:
+        """Wait until a fault point has killed the daemon."""
+        assert self.process is not None
+        status = self.process.wait(timeout=COMMAND_DEADLINE)
+        self.process = None
+        assert status == -signal.SIGKILL, f"the daemon ended with {status}:\n{self.tail()}"
+
+    def tail(self) -> str:
+        return self.log.read_text(errors="replace")[-6000:] if self.log.exists() else ""
+
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run ``vmbackupctl`` with ``words``."""
+        return subprocess.run([sys.executable, "-m", "vmbackupd.cli", "--bus-address", self.lab.bus_address, *words],
+                              cwd=Path(__file__).parent.parent.parent, capture_output=True, text=True, check=False,
+                              timeout=COMMAND_DEADLINE, stdin=subprocess.DEVNULL)
+
+    def ctl(self, *words: str, status: int = 0) -> Any:
+        """The JSON that ``vmbackupctl --json`` prints; fails unless it ends with ``status``."""
+        done = self.run(*words, "--json")
+        if done.returncode != status:
+            raise CommandError(f"vmbackupctl {' '.join(words)} ended with {done.returncode}, expected {status}:\n"
+                               f"{done.stdout}{done.stderr}\ndaemon:\n{self.tail()}")
+        return json.loads(done.stdout) if done.stdout.strip() else None
+
+    def fails(self, *words: str) -> tuple[str, str]:
+        """``(code, message)`` of the error a command that must fail with status 1 reports."""
+        error = self.ctl(*words, status=1)["error"]
+        return error["code"], error["message"]

@@ -1,0 +1,139 @@
+"""Bad input gets a clear error of its own name before anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.service import Service
+from tests.lab import Lab
+from tests.lab.guest import Guest
+
+pytestmark = pytest.mark.lab
+
+
+@pytest.fixture(scope="module")
+def service(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with Service(lab, tmp_path_factory.mktemp("input")) as service:
+        service.ctl("repository", "init")
+        yield service
+
+
+def test_unknown_vm(service: Service) -> None:
+    code, message = service.fails("backup", "nosuchvm")
+    assert code == "NotFound" and "nosuchvm" in message
+
+
+def test_vm_that_is_off(lab: Lab, service: Service) -> None:
+    domain = lab.connection.defineXML("<domain type='qemu'><name>off</name><memory unit='MiB'>64</memory>"
+                                      "<os><type arch='x86_64' machine='q35'>hvm</type></os></domain>")
+    try:
+        code, message = service.fails("backup", "off")
+        assert code == "NotRunning" and "off" in message
+    finally:
+        domain.undefine()
+
+
+def test_repository_that_is_missing(service: Service, plain_guest: Guest) -> None:
+    away = service.repository.with_name("away")
+    service.repository.rename(away)
+    try:
+        code, message = service.fails("backup", plain_guest.name)
+        assert code == "RepositoryMissing" and "repository init" in message
+    finally:
+        away.rename(service.repository)
+
+
+def test_unknown_backup(service: Service) -> None:
+    assert service.fails("show", "nosuchbackup")[0] == "NotFound"
+    assert service.fails("restore", "nosuchbackup", "--to", "/nonexistent")[0] == "NotFound"
+
+
+def test_usage_errors_end_with_2(service: Service) -> None:
+    assert service.run("backup").returncode == 2
+    assert service.run("backup", "x", "--revert=never").returncode == 2
+
+
+def test_agent_that_forbids_guest_exec(service: Service, plain_guest: Guest) -> None:
+    with plain_guest.agent_restricted():
+        code, message = service.fails("backup", plain_guest.name)
+    assert code == "GuestAgentRefused" and "vmbackupd-guest" in message
+
+
+def test_guest_without_an_agent(service: Service, plain_guest: Guest) -> None:
+    plain_guest.exec("systemctl stop qemu-guest-agent")
+    try:
+        code, message = service.fails("backup", plain_guest.name)
+    finally:
+        plain_guest.exec("systemctl start qemu-guest-agent")
+        plain_guest.wait_agent()
+    assert code == "GuestAgentUnavailable" and plain_guest.name in message
+
+
+def test_guest_without_python(service: Service, plain_guest: Guest) -> None:
+    with plain_guest.without_python():
+        code, message = service.fails("backup", plain_guest.name)
+    assert code == "GuestHelperUnavailable" and "python3" in message
+
+
+def test_cow_store_that_overflows(service: Service, plain_guest: Guest, tmp_path: Path) -> None:
+    service.configure(scratch='size = "4 MiB"')
+    service.restart(f"passthrough-copy:begin=pause:{tmp_path}")
+    try:
+        job = service.ctl("backup", plain_guest.name, "--no-wait")["job"]
+        service.wait_for(tmp_path / "passthrough-copy:begin.reached")
+        plain_guest.exec("dd if=/dev/urandom of=/mnt/data/overflow bs=1M count=16 conv=fsync; rm /mnt/data/overflow; sync")
+        (tmp_path / "passthrough-copy:begin.go").touch()
+        ended = service.wait_job(job)
+        assert ended["state"] == "failed"
+        assert ended["error"]["code"] == "SnapshotLost" and "full" in ended["error"]["message"]
+    finally:
+        service.configure()
+        service.restart()
+    plain_guest.exec("touch /mnt/data/.probe && rm /mnt/data/.probe")  # the guest did not suffer
+
+
+def test_uncovered_volume_fails_the_backup_unless_allowed_by_name(lab: Lab, service: Service, plain_guest: Guest) -> None:
+    lun = lab.iscsi.create_lun("plainfs", size=64 << 20)
+    plain_guest.login(lun)
+    device = plain_guest.device_of(lun)
+    plain_guest.exec(f"mkfs.ext4 -q {device} && mkdir -p /mnt/plainfs && mount {device} /mnt/plainfs")
+    try:
+        code, message = service.fails("backup", plain_guest.name)
+        ident = f"iscsi:{lun.iqn}/{lun.lun}"
+        assert code == "UncoveredVolume" and ident in message and "/mnt/plainfs" in message
+        result = service.ctl("backup", plain_guest.name, "--allow-uncovered", ident, status=3)
+        assert ident in [item["id"] for item in result["uncovered"]]
+        shown = service.ctl("show", result["backup"])
+        assert ident not in [volume["id"] for volume in shown["volumes"]]
+        assert [item for item in shown["coverage"] if item["id"] == ident][0]["decision"] == "allowed"
+    finally:
+        plain_guest.exec("umount /mnt/plainfs")
+        plain_guest.logout(lun)
+
+
+def test_a_disk_that_appears_between_inspect_and_t1_is_noticed(lab: Lab, service: Service, plain_guest: Guest, tmp_path: Path
+                                                               ) -> None:
+    lun = lab.iscsi.create_lun("late", size=64 << 20)
+    service.restart(f"prepare:end=pause:{tmp_path}")
+    try:
+        job = service.ctl("backup", plain_guest.name, "--no-wait")["job"]
+        service.wait_for(tmp_path / "prepare:end.reached")
+        plain_guest.login(lun)
+        (tmp_path / "prepare:end.go").touch()
+        ended = service.wait_job(job)
+        assert ended["error"]["code"] == "TopologyChanged" and lun.iqn in ended["error"]["message"]
+    finally:
+        plain_guest.logout(lun)
+        service.restart()
+
+
+def test_inspect_shows_every_device(service: Service, plain_guest: Guest) -> None:
+    shown = service.ctl("inspect", plain_guest.name)
+    decisions = {item["id"]: (item["kind"], item["method"], item["decision"]) for item in shown["coverage"]}
+    assert decisions["vda"] == ("virtual", "freeze-window", "captured")
+    assert decisions["vdb"] == ("virtual", "guest-snapshot", "captured")
+    assert decisions["sda"] == ("pass-through", "guest-snapshot", "captured")
+    assert sum(item[0] == "pass-through" and item[2] == "captured" for item in decisions.values()) == 3

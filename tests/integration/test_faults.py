@@ -1,0 +1,108 @@
+"""Whatever dies, and whenever: the guest and the host are as before, and no half backup is listed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.integration.service import Service
+from tests.lab import Lab
+from tests.lab.guest import Guest
+
+pytestmark = pytest.mark.lab
+
+KILLS = [
+    "inspect:channel", "inspect:helper", "prepare:scratch", "prepare:end", "t1-snapshot:prepared", "t1-snapshot:frozen",
+    "t1-snapshot:snapped", "passthrough-copy:one", "t2-snapshot:prepared", "t2-snapshot:taken", "t2-snapshot:released",
+    "vdisk-backup:one", "revert:one", "release:begin", "seal:begin",
+]
+CANCELS = [
+    "inspect:helper", "prepare:channel", "t1-snapshot:frozen", "passthrough-copy:begin", "t2-snapshot:taken",
+    "vdisk-backup:begin", "revert:begin", "release:begin", "seal:begin",
+]
+
+
+@dataclass(frozen=True)
+class State:
+    """What may not differ after a job: dm tables, devices, channels and images of the domain, files and processes."""
+
+    tables: str
+    devices: str
+    xml: str
+    files: frozenset[str]
+    processes: str
+
+    @classmethod
+    def of(cls, lab: Lab, guest: Guest, service: Service) -> State:
+        files = {str(path.relative_to(lab.dir)) for path in lab.dir.rglob("*")
+                 if path.suffix in (".qcow2", ".t2") or ".qcow2." in path.name or "scratch" in path.name}
+        files |= {str(path) for path in service.scratch.glob("*")} if service.scratch.exists() else set()
+        files |= {path.name for path in (service.state / "journal").glob("*")}
+        return cls(
+            guest.exec("dmsetup table; dmsetup info -c --noheadings -o name,suspended").decode(),
+            guest.exec("ls /sys/block /dev/virtio-ports /run/udev/rules.d 2>/dev/null").decode(),
+            "\n".join(line for line in guest.domain_xml.splitlines() if "<source" in line or "org.vmbackupd" in line),
+            frozenset(files),
+            guest.exec("ps -eo args= | grep -v 'ps -eo' | grep -e vmbackupd- -e 'vmbackupd\\.pyz' || true").decode())
+
+
+@pytest.fixture(scope="module")
+def service(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with Service(lab, tmp_path_factory.mktemp("faults")) as service:
+        service.ctl("repository", "init")
+        yield service
+
+
+@pytest.fixture(autouse=True)
+def untouched(lab: Lab, plain_guest: Guest, service: Service) -> Iterator[None]:
+    before = State.of(lab, plain_guest, service)
+    yield
+    assert plain_guest.agent("guest-fsfreeze-status") == "thawed"
+    plain_guest.exec("for m in / /mnt/data /mnt/iscsi /mnt/lun /mnt/span; do touch $m/.probe && rm $m/.probe; done")
+    assert State.of(lab, plain_guest, service) == before
+    done = lab.processes_named("qemu-storage-daemon")
+    assert not done, done
+
+
+@pytest.mark.parametrize("point", KILLS)
+def test_killed_daemon_is_cleaned_up_after_at_its_next_start(service: Service, plain_guest: Guest, point: str) -> None:
+    service.restart(f"{point}=kill")
+    listed = service.ctl("list")
+    service.run("backup", plain_guest.name)
+    service.wait_killed()
+    service.start()
+    assert service.ctl("list") == listed
+
+
+@pytest.mark.parametrize("point", CANCELS)
+def test_cancelled_job_undoes_what_it_did(service: Service, plain_guest: Guest, point: str) -> None:
+    service.restart(f"{point}=cancel")
+    listed = service.ctl("list")
+    code, _ = service.fails("backup", plain_guest.name)
+    assert code == "Cancelled"
+    assert service.ctl("list") == listed
+
+
+@pytest.mark.parametrize("point", ["t1-snapshot:snapped", "passthrough-copy:one", "t2-snapshot:taken"])
+def test_failed_job_undoes_what_it_did(service: Service, plain_guest: Guest, point: str) -> None:
+    service.restart(f"{point}=error")
+    code, message = service.fails("backup", plain_guest.name)
+    assert code == "InjectedFault"
+    assert point in message
+
+
+def test_a_freeze_over_its_budget_is_ended_and_fails_with_the_figure(service: Service, plain_guest: Guest, tmp_path: Path) -> None:
+    service.restart(f"t1-snapshot:frozen=pause:{tmp_path}")
+    code, message = service.fails("backup", plain_guest.name, "--freeze-budget", "3")
+    (tmp_path / "t1-snapshot:frozen.go").touch()
+    assert code == "FreezeBudgetExceeded"
+    assert "budget of 3000 ms" in message
+
+
+def test_after_all_that_a_backup_works(service: Service, plain_guest: Guest) -> None:
+    service.restart()
+    result = service.ctl("backup", plain_guest.name)
+    assert [item["id"] for item in service.ctl("list")] == [result["backup"]]

@@ -1,0 +1,157 @@
+"""The main job: a running guest with virtual disks and pass-through volumes is backed up and restored to one instant."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration import oracle
+from tests.integration.service import Service
+from tests.lab import Lab
+from tests.lab.guest import Guest
+from tests.lab.writer import Writer
+
+pytestmark = pytest.mark.lab
+
+
+@dataclass
+class Backed:
+    """A guest that was backed up with ``--revert=both`` while its writer wrote, and what the writer had written around it."""
+
+    lab: Lab
+    service: Service
+    guest: Guest
+    backup: str
+    shown: dict[str, Any]
+    before: int
+    after: int
+    tables: tuple[str, str]
+    directory: Path
+    restored: dict[str, dict[str, Path]] = field(default_factory=dict)
+
+    def restore(self, mode: str) -> dict[str, Path]:
+        """Restore everything with ``--revert=mode`` to new files; returns volume id -> file. Once for each mode."""
+        if mode not in self.restored:
+            to = self.directory / f"restored-{mode}"
+            pass_through = [volume["id"] for volume in self.shown["volumes"] if volume["kind"] == "pass-through"]
+            files = {volume: to / f"{number}.raw" for number, volume in enumerate(pass_through)}
+            words = [word for volume, path in files.items() for word in ("--volume", f"{volume}={path}")]
+            self.service.ctl("restore", self.backup, "--name", f"{self.guest.name}-{mode}", "--to", str(to),
+                             f"--revert={mode}", *words)
+            virtual = [volume["id"] for volume in self.shown["volumes"] if volume["kind"] == "virtual"]
+            files |= {volume: to / f"{volume}.qcow2" for volume in virtual}
+            self.restored[mode] = files
+        return self.restored[mode]
+
+
+@pytest.fixture(scope="module", params=["plain", "lvm"])
+def backed(request: pytest.FixtureRequest, lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backed]:
+    guest: Guest = request.getfixturevalue(f"{request.param}_guest")
+    directory = tmp_path_factory.mktemp(f"main-{request.param}")
+    with Service(lab, directory) as service:
+        service.ctl("repository", "init")
+        tables = guest.exec("dmsetup table").decode()
+        with Writer(guest) as writer:
+            before = writer.wait_progress()
+            result = service.ctl("backup", guest.name, "--revert=both")
+            after = writer.wait_progress()
+        shown = service.ctl("show", result["backup"])
+        yield Backed(lab, service, guest, result["backup"], shown, before, after,
+                     (tables, guest.exec("dmsetup table").decode()), directory)
+
+
+def volume_of(shown: dict[str, Any], ident: str) -> dict[str, Any]:
+    return next(volume for volume in shown["volumes"] if volume["id"] == ident)
+
+
+def test_the_restored_disks_are_at_one_instant_within_the_backup(backed: Backed, tmp_path: Path) -> None:
+    records = oracle.judge(backed.restore("backup"), tmp_path)
+    assert backed.before <= min(records.values()) <= max(records.values()) <= backed.after
+
+
+def test_revert_at_backup_time_and_at_restore_time_give_the_same_bytes(backed: Backed) -> None:
+    first, second = backed.restore("backup"), backed.restore("restore")
+    assert first.keys() == second.keys()
+    for volume in first:
+        done = subprocess.run(["qemu-img", "compare", str(first[volume]), str(second[volume])], capture_output=True, text=True)
+        assert done.returncode == 0, f"{volume}: {done.stdout}{done.stderr}"
+
+
+def test_the_t2_image_holds_later_records_and_the_reverted_one_does_not(backed: Backed, tmp_path: Path) -> None:
+    later = backed.directory / "t2"
+    backed.service.ctl("restore", backed.backup, "--name", f"{backed.guest.name}-t2", "--to", str(later), "--revert=none")
+    (tmp_path / "t1").mkdir()
+    at_t1 = oracle.as_raw(backed.restore("backup"), tmp_path / "t1")
+    at_t2 = oracle.as_raw({ident: later / f"{ident}.qcow2" for ident in ("vda", "vdb", "vdc")}, tmp_path / "t2")
+    t1 = oracle.last_records(oracle.filesystems(at_t1, tmp_path / "t1"))
+    t2 = oracle.last_records({name: image for name, image in oracle.filesystems(at_t2, tmp_path / "t2").items() if name == "data"})
+    assert t2["data"] > t1["data"] + 1
+
+
+def test_the_backup_carries_its_proof(backed: Backed) -> None:
+    shown = backed.shown
+    assert shown["t1"] < shown["t2"]
+    assert 0 < shown["freeze_ms"] <= 20000
+    kinds = {volume["id"]: volume["kind"] for volume in shown["volumes"]}
+    assert [kinds[ident] for ident in ("vda", "vdb", "vdc", "sda")] == ["virtual"] * 3 + ["pass-through"]
+    assert sum(kind == "pass-through" for kind in kinds.values()) == 3
+    methods = {volume["id"]: volume["method"] for volume in shown["volumes"]}
+    assert methods["vdb"] == methods["vdc"] == methods["sda"] == "guest-snapshot"
+    assert methods["vda"] == ("freeze-window" if backed.guest.name == "plain" else "guest-snapshot")
+    for volume in shown["volumes"]:
+        assert volume["consistency"] in ("application", "filesystem")
+        assert volume["size"] > 0 and volume["bytes_read"] > 0
+        assert volume["bytes_stored"] >= 0 and volume["reverted_chunks"] >= 0
+
+
+def test_reverted_chunks_are_what_the_store_holds(backed: Backed) -> None:
+    assert volume_of(backed.shown, "vdb")["reverted_chunks"] > 0
+    stores = {store["name"]: store["exceptions"] for store in backed.shown["stores"]}
+    assert volume_of(backed.shown, "vdb")["reverted_chunks"] == stores["vgdata-data"]
+
+
+def test_the_restored_guest_boots_and_its_logs_agree(backed: Backed) -> None:
+    lab, guest = backed.lab, backed.guest
+    to = backed.directory / "boot"
+    ids = [volume["id"] for volume in backed.shown["volumes"] if volume["kind"] == "pass-through"]
+    luns = {ident: lab.iscsi.create_lun(f"{guest.name}-r{number}", size=volume_of(backed.shown, ident)["size"],
+                                        target=f"{guest.name}-restored{'' if ident.startswith('iscsi') else '-lun'}")
+            for number, ident in enumerate(sorted(ids))}
+    words = [word for ident, lun in luns.items() for word in ("--volume", f"{ident}={lun.uri}")]
+    name = f"{guest.name}-booted"
+    backed.service.ctl("restore", backed.backup, "--name", name, "--to", str(to), *words)
+    inside = next(lun.iqn for ident, lun in luns.items() if ident.startswith("iscsi"))
+    booted = lab.boot_restored(name, iqns=[inside])
+    try:
+        records = booted.check_logs()
+        assert len(records) == 5
+        assert max(records.values()) - min(records.values()) <= 1
+        assert backed.before <= min(records.values()) <= backed.after
+    finally:
+        booted.destroy()
+
+
+def test_nothing_stays_behind(backed: Backed) -> None:
+    before, after = backed.tables
+    assert before == after
+    guest = backed.guest
+    assert guest.agent("guest-fsfreeze-status") == "thawed"
+    assert "org.vmbackupd.j" not in guest.domain_xml
+    assert "vmbk-j" not in guest.domain_xml
+    assert ".j" not in "".join(path.name for path in backed.lab.dir.glob("*.qcow2*"))
+    assert not list(backed.service.scratch.iterdir())
+    assert guest.exec("ls /run | grep vmbackupd || true").decode().strip() == ""
+    assert guest.exec("pgrep -f vmbackupd-j || true").decode().strip() == ""
+    assert not list((backed.service.state / "journal").iterdir())
+
+
+def test_the_guests_hooks_ran_and_its_kernel_saw_no_error(backed: Backed) -> None:
+    hooks = backed.guest.hook_log()
+    assert "freeze" in hooks and hooks[-1] == "thaw"
+    log = backed.guest.exec("dmesg").decode()
+    assert "I/O error" not in log and "EXT4-fs error" not in log and "hung" not in log

@@ -1,0 +1,41 @@
+"""``python -m tests.lab shell [plain|lvm]``: a lab and a guest by hand, until standard input ends or Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+from tests.lab.image import ensure, timed
+from tests.lab.lab import Lab
+
+
+def main(words: list[str]) -> int:
+    """Run one command; the exit status."""
+    if words[:1] == ["image"]:
+        print(ensure().directory)
+        return 0
+    if words[:1] != ["shell"] or len(words) > 2:
+        print("usage: python -m tests.lab image | shell [plain|lvm]", file=sys.stderr)
+        return 2
+    kind = words[1] if len(words) == 2 else "plain"
+    with contextlib.suppress(KeyboardInterrupt), Lab() as lab:
+        with timed(f"guest {kind} is up"):
+            guest = lab.start_guest(kind)
+        print(
+            f"directory   {lab.dir}\nlibvirt     {lab.libvirt_uri}\nbus         {lab.bus_address}\niscsi       {lab.iscsi.portal}"
+        )
+        print(
+            f"domain      {guest.name} {guest.uuid}\nconsole     {guest.console_path}\nkvm         {'yes' if lab.kvm else 'no'}"
+        )
+        print("a line is run in the guest; end with Ctrl-D", flush=True)
+        for line in sys.stdin:
+            if line.strip():
+                sys.stdout.write(
+                    guest.exec(f"({line.strip()}) 2>&1", check=False, timeout=600).decode(errors="replace")
+                )
+                sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

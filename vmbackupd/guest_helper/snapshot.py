@@ -1,0 +1,237 @@
+"""One instant over many volumes: prepare before the freeze, suspend and resume in it.
+
+For each volume X: ``real`` takes over X's table, ``cow`` is a slice of the scratch disk, ``snap`` is the snapshot of ``real``, and
+``snapshot-origin real`` waits in X's inactive slot. While the guest agent holds every filesystem frozen, suspending all X and
+then resuming all X makes the waiting tables live: no volume runs again before all have stood still.
+
+Suspends are without lockfs, always: the filesystems are frozen already, and freezing them twice fails (Linux 6.1) or leaves
+the device marked as frozen until the next boot (6.12).
+"""
+
+import time
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+
+from . import devices, memory, release, scratch, udevrules
+from .dm import READONLY, SUSPEND, Dm, Info, Target, number_of, resume_request, suspend_request
+from .failures import HelperError
+from .params import Params, devno, integer, objects
+from .watchdog import Watchdog
+
+MAX_VOLUMES = 512
+SECTOR = 512
+_REFUSED = ("snapshot", "snapshot-origin", "snapshot-merge")
+
+
+class Wanted(NamedTuple):
+    """A volume the host wants snapshotted: its table, and its slice of the scratch disk in bytes."""
+
+    info: Info
+    rows: List[Target]
+    store_offset: int
+    store_length: int
+
+    @property
+    def sectors(self) -> int:
+        return self.rows[-1].start + self.rows[-1].length
+
+
+class Volume(NamedTuple):
+    """A volume with its devices made. ``origin`` is the table that goes live at T1."""
+
+    wanted: Wanted
+    real: int
+    snap: int
+    origin: List[Target]
+
+    @property
+    def number(self) -> int:
+        return self.wanted.info.number
+
+    @property
+    def name(self) -> str:
+        return self.wanted.info.name
+
+    @property
+    def devno(self) -> str:
+        return self.wanted.info.devno
+
+
+class Snapshot:
+    """The snapshots of one job, from ``prepare`` to ``release``."""
+
+    def __init__(self, dm: Dm, job: str) -> None:
+        self.job = job
+        self.volumes = []  # type: List[Volume]
+        self.taken = False
+        self._dm = dm
+
+    def prepare(self, params: Params) -> List[Dict[str, Any]]:
+        """Make everything but the last step. On any failure everything is undone before the error is raised."""
+        chunk = integer(params, "chunk_sectors", 8, 2048)
+        if chunk & (chunk - 1):
+            raise HelperError("InvalidArgument", "chunk_sectors: %d is no power of two" % chunk)
+        wanted = self._wanted(params, chunk * SECTOR)
+        serial = params.get("scratch_serial")
+        disk = scratch.find(str(serial))
+        end = wanted[-1].store_offset + wanted[-1].store_length
+        if end > disk.size:
+            raise HelperError("ScratchTooSmall", "the scratch disk has %d bytes, the stores need %d" % (disk.size, end))
+        _require_targets(self._dm)
+        udevrules.install()
+        try:
+            for index, volume in enumerate(wanted):
+                scratch.zero(disk, volume.store_offset, chunk * SECTOR)
+                self.volumes.append(self._make(index, volume, disk.devno, chunk))
+            _order(self._dm, self.volumes)
+            memory.lock()
+        except BaseException:
+            self.volumes = []
+            release.release(self._dm, self.job)
+            raise
+        return [{"device": volume.info.devno, "name": volume.info.name, "size": volume.sectors * SECTOR,
+                 "store_offset": volume.store_offset, "store_length": volume.store_length,
+                 "table": devices.shown_rows(volume.rows)} for volume in wanted]
+
+    def snap(self, guard: Optional[Watchdog]) -> Dict[str, float]:
+        """T1. Nothing but ioctls happens between the first suspend and the last resume."""
+        if not self.volumes or self.taken:
+            raise HelperError("WrongState", "the snapshot was not prepared, or is taken already")
+        if guard is None or guard.fired:
+            raise HelperError("DeadmanFired" if guard else "NotArmed", "no dead-man guards the freeze")
+        self._require_prepared()
+        call, command = self._dm.call, SUSPEND
+        suspends = [suspend_request(volume.number) for volume in self.volumes]
+        resumes = [resume_request(volume.number) for volume in reversed(self.volumes)]
+        clock = time.monotonic
+        failure = None  # type: Optional[OSError]
+        with memory.Still():
+            begin = clock()
+            for buffer in suspends:
+                try:
+                    call(command, buffer)
+                except OSError as error:
+                    failure = error
+                    break
+            t1, middle = time.time(), clock()
+            for buffer in resumes:
+                try:
+                    call(command, buffer)
+                except OSError as error:
+                    failure = error
+            end = clock()
+        if failure is not None:
+            raise HelperError("SuspendFailed", "a volume could not be suspended or resumed: %s" % failure.strerror)
+        self._require_live()
+        self.taken = True
+        return {"t1": t1, "suspend_ms": (middle - begin) * 1000, "resume_ms": (end - middle) * 1000}
+
+    def status(self) -> List[Dict[str, Any]]:
+        """Whether each snapshot still holds, and how full its store is (sectors)."""
+        return [self._volume_status(volume) for volume in self.volumes]
+
+    def numbers(self) -> List[int]:
+        """The volumes' device numbers, as the watchdog resumes them: lowest in a stack first."""
+        return [volume.number for volume in reversed(self.volumes)]
+
+    def _wanted(self, params: Params, chunk: int) -> List[Wanted]:
+        asked = objects(params, "volumes", MAX_VOLUMES)
+        if not asked:
+            raise HelperError("InvalidArgument", "volumes: none")
+        wanted, offset, seen = [], 0, set()  # type: List[Wanted], int, Set[str]
+        for item in asked:
+            number = devno(item.get("device"))
+            length = integer(item, "store_bytes", 4 * chunk, 1 << 62)
+            if length % chunk or number in seen:
+                raise HelperError("InvalidArgument", "volume %s: named twice, or its store is no multiple of a chunk" % number)
+            seen.add(number)
+            wanted.append(self._look_up(number, offset, length))
+            offset += length
+        return wanted
+
+    def _look_up(self, number: str, offset: int, length: int) -> Wanted:
+        try:
+            info = self._dm.info(number_of(number))
+        except OSError as error:
+            raise HelperError("NoVolume", "%s is no device-mapper volume: %s" % (number, error.strerror))
+        rows = self._dm.table(info.number)
+        if info.uuid.startswith("VMBK-") or any(row.kind in _REFUSED for row in rows):
+            raise HelperError("AlreadySnapshot", "%s is, or has, a snapshot already" % info.name)
+        if not rows or info.suspended or info.inactive:
+            raise HelperError("VolumeBusy", "%s is suspended, or another program is changing its table" % info.name)
+        return Wanted(info, rows, offset, length)
+
+    def _make(self, index: int, volume: Wanted, disk: str, chunk: int) -> Volume:
+        name, uuid = "vmbk-%s-%d" % (self.job, index), "%s%d" % (release.prefix(self.job), index)
+        size, dm = volume.sectors, self._dm
+        real = dm.info(dm.create(name + "-real", uuid + "-real", volume.rows))
+        slice_rows = [Target(0, volume.store_length // SECTOR, "linear", "%s %d" % (disk, volume.store_offset // SECTOR))]
+        cow = dm.info(dm.create(name + "-cow", uuid + "-cow", slice_rows))
+        origin = [Target(0, size, "snapshot-origin", real.devno)]
+        dm.load(volume.info.number, origin)
+        # Read-only: a write to the snapshot would look like a write to the volume after T1.
+        snap = dm.create(name + "-snap", uuid + "-snap",
+                         [Target(0, size, "snapshot", "%s %s P %d" % (real.devno, cow.devno, chunk))], READONLY)
+        return Volume(volume, real.number, snap, origin)
+
+    def _require_prepared(self) -> None:
+        """Nobody has touched the volumes since ``prepare``."""
+        for volume in self.volumes:
+            if (self._dm.table(volume.number) != volume.wanted.rows or self._dm.info(volume.number).suspended
+                    or self._dm.table(volume.number, inactive=True) != volume.origin):
+                raise HelperError("TableChanged", "another program changed the table of %s" % volume.name)
+
+    def _require_live(self) -> None:
+        for volume, state in zip(self.volumes, self.status()):
+            if not state["table_ok"] or not state["valid"]:
+                raise HelperError("SnapshotFailed", "the snapshot of %s did not take hold" % volume.name)
+
+    def _volume_status(self, volume: Volume) -> Dict[str, Any]:
+        valid, fill = _fill(self._dm, volume.snap)
+        return {"device": volume.devno, "valid": valid, "allocated": fill[0], "total": fill[1], "metadata": fill[2],
+                "table_ok": self._table_ok(volume)}
+
+    def _table_ok(self, volume: Volume) -> bool:
+        try:
+            info = self._dm.info(volume.number)
+            live = volume.origin if self.taken or info.inactive is False else volume.wanted.rows
+            return (self._dm.table(volume.number) == live and not info.suspended and info.inactive is (live is not volume.origin)
+                    and self._dm.table(volume.real) == volume.wanted.rows)
+        except OSError:
+            return False  # removed
+
+
+def _fill(dm: Dm, snap: int) -> Tuple[bool, Tuple[int, int, int]]:
+    """(valid, (allocated, total, metadata) sectors) from ``16/4096 16``; ``Invalid`` or ``Overflow`` is the end of it."""
+    try:
+        words = dm.status(snap)[0].params.replace("/", " ").split()
+        allocated, total, metadata = (int(word) for word in words)
+        return True, (allocated, total, metadata)
+    except (OSError, ValueError, IndexError):
+        return False, (0, 0, 0)
+
+
+def _require_targets(dm: Dm) -> None:
+    if "snapshot-origin" not in dm.targets():
+        udevrules.run(["modprobe", "dm-snapshot"])
+    if "snapshot-origin" not in dm.targets():
+        raise HelperError("NoSnapshotTarget", "the guest's kernel has no dm-snapshot module")
+
+
+def _order(dm: Dm, volumes: List[Volume]) -> None:
+    """Sort so that a volume is suspended before those it lies on: a suspend waits for the I/O below it."""
+    below = {volume.devno: _references(volume.wanted.rows) for volume in volumes}
+    tables = {info.devno: _references(dm.table(info.number)) for info in dm.devices()}
+    depths = {devno: _depth(devno, below, tables, 0) for devno in below}
+    volumes.sort(key=lambda volume: -depths[volume.devno])
+
+
+def _depth(devno: str, below: Dict[str, Set[str]], tables: Dict[str, Set[str]], level: int) -> int:
+    if level > 64:
+        raise HelperError("StackTooDeep", "device-mapper volumes are stacked too deep")
+    under = below.get(devno, tables.get(devno, set()))
+    return 1 + max([_depth(other, below, tables, level + 1) for other in under if other in tables] or [0])
+
+
+def _references(rows: Sequence[Target]) -> Set[str]:
+    """Device numbers that stand in a table's parameters."""
+    return {word for row in rows for word in row.params.split() if word.replace(":", "", 1).isdigit() and ":" in word}

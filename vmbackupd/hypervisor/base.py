@@ -1,0 +1,118 @@
+"""What the job layer may ask of a hypervisor, whichever it is.
+
+Every method is a coroutine that never blocks the event loop. Errors: ``NotFound`` (no such domain), ``NotRunning``,
+``GuestAgentUnavailable``, ``GuestAgentRefused``, ``HypervisorError`` for the rest, each naming the domain and the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSource:
+    """Where a disk's bytes come from, from the domain XML. ``format`` is the driver type, never probed."""
+
+    kind: str  # file, block, network, volume, ...
+    format: str  # qcow2, raw, ...
+    path: str | None = None  # file or block
+    protocol: str | None = None  # network: iscsi, rbd, ...
+    name: str | None = None  # network: IQN/LUN for iscsi
+    host: str | None = None
+    port: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GuestAddress:
+    """Where the guest finds a device: PCI address as the guest numbers it (``0000:03:00.0``), and behind a
+    SCSI or SATA controller the target and unit on it."""
+
+    pci: str
+    target: int | None = None
+    unit: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DomainDisk:
+    """One ``<disk>`` of a domain. ``device`` is disk, lun, cdrom or floppy."""
+
+    target: str
+    device: str
+    bus: str
+    source: DiskSource | None
+    read_only: bool
+    shareable: bool
+    serial: str | None
+    wwn: str | None
+    alias: str | None
+    size: int | None  # bytes, None where it could not be read (empty drive)
+    address: GuestAddress | None  # None for a domain that is off or a bus whose place in the guest is unknown
+    chain: tuple[str, ...] = ()  # file paths, top image first
+    transient: bool = False  # libvirt throws its changes away, and lets nobody snapshot it
+
+
+@dataclass(frozen=True, slots=True)
+class DomainInfo:
+    """A domain as it is now. ``xml`` is the live definition (the inactive one when it is off)."""
+
+    name: str
+    uuid: str
+    running: bool
+    persistent: bool
+    has_agent: bool
+    xml: str
+    inactive_xml: str | None
+    disks: tuple[DomainDisk, ...]
+    hostdevs: tuple[str, ...]  # one readable line for each <hostdev>
+    nvram: str | None  # path of the UEFI variable store
+    tpm_state: str | None  # directory of the emulated TPM's state
+
+
+class Hypervisor(Protocol):
+    """One connection to a hypervisor."""
+
+    async def open(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def domains(self) -> Sequence[tuple[str, str, bool]]:
+        """(name, uuid, running) of every domain."""
+
+    async def domain(self, name_or_uuid: str) -> DomainInfo: ...
+
+    async def agent(self, uuid: str, command: str, arguments: Mapping[str, object] | None = None, *,
+                    timeout: float = 10.0) -> object:
+        """One qemu-guest-agent command; returns its ``return`` value."""
+
+    async def attach_channel(self, uuid: str, name: str) -> str:
+        """Hot-plug the virtio-serial port ``name``; returns the path of the unix socket on the host."""
+
+    async def detach_channel(self, uuid: str, name: str) -> None:
+        """Unplug it and wait until the guest has let go. A port that is not there is no error."""
+
+    async def attach_scratch(self, uuid: str, path: str, serial: str) -> str:
+        """Hot-plug the qcow2 ``path`` as a virtio-blk disk; returns its target."""
+
+    async def detach_scratch(self, uuid: str, path: str) -> None:
+        """Unplug the disk whose image (or whose chain's base) is ``path`` and wait; not there is no error."""
+
+    async def snapshot(self, uuid: str, overlays: Mapping[str, str]) -> None:
+        """External snapshot of all disks ``{target: overlay path}`` in one transaction. The overlay files are made by
+        the call's own preparation (:meth:`prepare_overlays`) or, if absent, by libvirt."""
+
+    async def prepare_overlays(self, uuid: str, overlays: Mapping[str, str]) -> None:
+        """Create the overlay files beforehand, so that the snapshot itself is short."""
+
+    async def drop_overlay(self, uuid: str, overlay: str, progress: Callable[[int, int], None] | None = None) -> None:
+        """Undo of a snapshot of one disk, from whatever state it is in: commit the overlay into its base and pivot when
+        it is the active layer (ending a stale block job first), commit offline when the domain is off and refers to
+        it, then delete the file. An overlay that is in no chain is only deleted; absent is no error."""
+
+    async def define(self, xml: str) -> str:
+        """Define a domain; returns its uuid."""
+
+    async def undefine(self, uuid: str) -> None: ...
+
+    async def start(self, uuid: str) -> None: ...

@@ -1,0 +1,118 @@
+"""Disk image files, through ``qemu-img``.
+
+Formats are always given, never probed: what a probe reads is what a guest wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+
+from vmbackupd.errors import HypervisorError
+from vmbackupd.host.process import CommandFailed, run
+
+QUICK = 60.0  # seconds for commands that read or write headers only
+MAX_CHAIN = 200  # images in one chain; QEMU's own recursion gives up not far above
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """What an image's header says. Sizes in bytes; ``backing`` is the absolute path (or the reference) of the next
+    image in the chain and ``backing_format`` the format the header records for it."""
+
+    path: str
+    format: str
+    size: int
+    allocated: int
+    backing: str | None
+    backing_format: str | None
+
+
+async def _qemu_img(*words: str, timeout: float = QUICK) -> bytes:
+    try:
+        return (await run(["qemu-img", *words], timeout=timeout)).stdout
+    except CommandFailed as error:
+        raise HypervisorError(str(error)) from error
+
+
+async def image_info(path: str, format: str) -> ImageInfo:
+    """The header of one image, also while a VM has it open (the size on disk is then a moment's)."""
+    out = await _qemu_img("info", "--output=json", "-U", "-f", format, path)
+    try:
+        data = json.loads(out)
+        return ImageInfo(
+            path=path, format=str(data["format"]), size=int(data["virtual-size"]),
+            allocated=int(data.get("actual-size", 0)),
+            backing=data.get("full-backing-filename") or data.get("backing-filename"),
+            backing_format=data.get("backing-filename-format"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise HypervisorError(f"qemu-img info {path}: answer not understood: {error}") from error
+
+
+async def image_chain(path: str, format: str) -> list[ImageInfo]:
+    """The image and its backing files, top first.
+
+    Raises ``HypervisorError`` where a header names a backing file without its format, since the format would have to be
+    guessed from content, or one that is no local file.
+    """
+    chain: list[ImageInfo] = []
+    while True:
+        info = await image_info(path, format)
+        chain.append(info)
+        if info.backing is None:
+            return chain
+        if info.backing_format is None:
+            raise HypervisorError(f"{path}: its header names the backing file {info.backing} without a format; record "
+                                  f"it with qemu-img rebase -u -b {info.backing} -F FORMAT {path}")
+        if not info.backing.startswith("/"):
+            raise HypervisorError(f"{path}: its backing file {info.backing} is not a local file, "
+                                  "which is not supported")
+        if len(chain) == MAX_CHAIN:
+            raise HypervisorError(f"{path}: its chain has more than {MAX_CHAIN} images")
+        path, format = info.backing, info.backing_format
+
+
+async def qcow2_in_use(path: str) -> bool:
+    """Whether a process (QEMU, qemu-img, ...) has the qcow2 image ``path`` open for writing: they hold locks on it."""
+    try:
+        await run(["qemu-img", "info", "--output=json", "-f", "qcow2", path], timeout=QUICK)
+    except CommandFailed as error:
+        if "lock" in error.stderr:
+            return True
+        raise HypervisorError(str(error)) from error
+    return False
+
+
+async def create_qcow2(path: str, size: int) -> None:
+    """A new sparse qcow2 image of ``size`` bytes; the file must not exist. Readable by its owner only."""
+    _reserve(path, 0o600)
+    try:
+        await _qemu_img("create", "-q", "-f", "qcow2", path, str(size))
+    except BaseException:
+        os.unlink(path)
+        raise
+
+
+async def create_overlay(path: str, size: int, backing: str, backing_format: str) -> None:
+    """A new qcow2 overlay of ``size`` bytes over ``backing``, which is not opened (a running VM may hold its locks)."""
+    _reserve(path, 0o600)
+    try:
+        await _qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", backing, "-F", backing_format, path, str(size))
+    except BaseException:
+        os.unlink(path)
+        raise
+
+
+async def commit_offline(path: str, timeout: float) -> None:
+    """Write what the qcow2 overlay ``path`` holds into its backing file. The overlay stays as it is, so that this can
+    be done again after it was cut off."""
+    await _qemu_img("commit", "-q", "-f", "qcow2", "-d", path, timeout=timeout)
+
+
+def _reserve(path: str, mode: int) -> None:
+    """Make the file ourselves: exclusively, and never for a moment readable by others."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode))
+    except OSError as error:
+        raise HypervisorError(f"cannot create the image {path}: {error.strerror}") from error

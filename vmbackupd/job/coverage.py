@@ -1,0 +1,266 @@
+"""Coverage: every block device the guest has, and how each is captured, excluded, or why it cannot be.
+
+The hypervisor says which disks go through QEMU's block layer, the guest what disks it has and what lives on them. A disk
+of both is virtual; ``device='lun'`` and every disk only the guest knows are pass-through. What the two say is
+matched by where the guest finds the device (PCI address, SCSI target and unit), which the guest cannot rename.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from vmbackupd.guest import topology
+from vmbackupd.guest.report import GuestDevice, GuestReport
+from vmbackupd.host.udev import HostDevice, normalise_wwn
+from vmbackupd.hypervisor.base import DiskSource, DomainDisk, DomainInfo
+from vmbackupd.model import Method, VolumeKind
+
+CAPTURED, EXCLUDED, UNCOVERED, ALLOWED = "captured", "excluded", "uncovered", "allowed"
+
+VOLATILE = {"ram": "memory of the guest", "zram": "memory of the guest", "rom": "removable medium",
+            "loop": "a file of another volume"}
+SNAPSHOT_FORMATS = ("qcow2", "raw", "vmdk", "vpc", "vdi", "vhdx")
+
+
+@dataclass(frozen=True, slots=True)
+class CoverageItem:
+    """One device and what is decided about it; ``reason`` is a sentence an administrator can act on."""
+
+    id: str
+    device: str
+    kind: VolumeKind
+    size: int
+    decision: str
+    method: Method | None
+    reason: str
+
+    def to_dict(self) -> dict[str, object]:
+        return {"id": self.id, "device": self.device, "kind": self.kind.value, "size": self.size, "decision": self.decision,
+                "method": self.method.value if self.method else None, "reason": self.reason}
+
+
+@dataclass(frozen=True, slots=True)
+class DiskPlan:
+    """A disk that is captured. ``devno`` is the guest's number of it, ``target`` libvirt's name where it has one."""
+
+    id: str
+    kind: VolumeKind
+    method: Method
+    size: int
+    devno: str | None
+    target: str | None
+    source: DiskSource | None
+    details: dict[str, object] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotVolume:
+    """A device-mapper volume of the guest that is snapshotted at T1."""
+
+    devno: str
+    name: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """The decisions, and the plan that follows from them."""
+
+    items: tuple[CoverageItem, ...]
+    plans: tuple[DiskPlan, ...]
+    volumes: tuple[SnapshotVolume, ...]
+
+    @property
+    def virtual(self) -> tuple[DiskPlan, ...]:
+        return tuple(plan for plan in self.plans if plan.kind is VolumeKind.VIRTUAL)
+
+    @property
+    def pass_through(self) -> tuple[DiskPlan, ...]:
+        return tuple(plan for plan in self.plans if plan.kind is VolumeKind.PASS_THROUGH)
+
+
+def decide(domain: DomainInfo, report: GuestReport, luns: Sequence[HostDevice] = (), own: str | None = None) -> Coverage:
+    """Decide for every disk of ``domain`` and of its guest; ``own`` is a job whose devices are to be passed over."""
+    disks = [device for device in report.devices if device.type == "disk" and not _ours(device, own)]
+    matched = _match([disk for disk in domain.disks if disk.device in ("disk", "lun")
+                      and not (own and disk.serial == f"vmbk-{own}")], disks)
+    items: list[CoverageItem] = []
+    plans: list[DiskPlan] = []
+    seen = set()
+    for disk in domain.disks:
+        if own and disk.serial == f"vmbk-{own}":
+            continue
+        device = matched.get(disk.target)
+        if device is not None:
+            seen.add(device.devno)
+        item, plan = (_pass_through(report, device, disk, luns) if disk.device == "lun" and device is not None
+                      else _virtual(report, device, disk))
+        items.append(item)
+        plans += [plan] if plan else []
+    for device in disks:
+        if device.devno not in seen:
+            item, plan = _pass_through(report, device, None, luns)
+            items.append(item)
+            plans += [plan] if plan else []
+    items += [CoverageItem(device.name, device.name, VolumeKind.PASS_THROUGH, device.size, EXCLUDED, None, VOLATILE[device.type])
+              for device in report.devices if device.type in VOLATILE and device.size and not device.parent]
+    return Coverage(tuple(items), tuple(plans), _volumes(report, plans))
+
+
+def allow(coverage: Coverage, allowed: Collection[str]) -> Coverage:
+    """``coverage`` with the uncovered devices of these ids or names allowed to be missing."""
+    return replace(coverage, items=tuple(
+        replace(item, decision=ALLOWED) if item.decision == UNCOVERED and {item.id, item.device} & set(allowed) else item
+        for item in coverage.items))
+
+
+def difference(before: Coverage, now: Coverage) -> str | None:
+    """What changed between two decisions, in words; None when nothing did."""
+    was, is_now = ({(item.id, item.size, item.method, item.decision): item for item in cover.items} for cover in (before, now))
+    for key in was.keys() - is_now.keys():
+        return f"{was[key].device} ({was[key].id}) went away or changed"
+    for key in is_now.keys() - was.keys():
+        return f"{is_now[key].device} ({is_now[key].id}) appeared or changed"
+    if before.volumes != now.volumes:
+        names = {volume.name for volume in before.volumes} ^ {volume.name for volume in now.volumes}
+        return f"the guest's volumes changed ({', '.join(sorted(names)) or 'size'})"
+    return None
+
+
+def _ours(device: GuestDevice, own: str | None) -> bool:
+    return own is not None and device.serial == f"vmbk-{own}"
+
+
+def _match(disks: Iterable[DomainDisk], devices: Sequence[GuestDevice]) -> dict[str, GuestDevice]:
+    """libvirt target -> guest device: by place, else by a serial number that only one disk has."""
+    by_place = {(device.pci, device.target, device.unit): device for device in devices if device.pci}
+    by_serial: dict[str, list[GuestDevice]] = {}
+    for device in devices:
+        if device.serial:
+            by_serial.setdefault(device.serial, []).append(device)
+    found: dict[str, GuestDevice] = {}
+    for disk in disks:
+        device = by_place.get((disk.address.pci, disk.address.target, disk.address.unit)) if disk.address else None
+        if device is None and disk.serial and len(by_serial.get(disk.serial, ())) == 1:
+            device = by_serial[disk.serial][0]
+        if device is not None:
+            found[disk.target] = device
+    return found
+
+
+def _virtual(report: GuestReport, device: GuestDevice | None, disk: DomainDisk
+             ) -> tuple[CoverageItem, DiskPlan | None]:
+    """A disk of QEMU's block layer (or a ``lun`` the guest has not attached, which nobody can read)."""
+    name = f"{disk.target}{f' = {device.name}' if device else ''}"
+    size = disk.size or (device.size if device else 0)
+
+    def item(decision: str, method: Method | None, reason: str) -> CoverageItem:
+        kind = VolumeKind.PASS_THROUGH if disk.device == "lun" else VolumeKind.VIRTUAL
+        return CoverageItem(disk.target, name, kind, size, decision, method, reason)
+
+    if disk.device in ("cdrom", "floppy"):
+        return item(EXCLUDED, None, "removable medium"), None
+    if disk.device == "lun":
+        return item(UNCOVERED, None, "the guest does not see this SCSI LUN, so it cannot be snapshotted there; load its driver "
+                                     "or detach it"), None
+    why_not = _why_no_hypervisor_snapshot(disk)
+    if why_not:
+        return item(UNCOVERED, None, why_not), None
+    if device is not None and disk.size is not None and device.size != disk.size:
+        return item(UNCOVERED, None, f"the guest sees {device.size} bytes, the host {disk.size}: let the guest rescan it"), None
+    method, reason = _virtual_method(report, device)
+    details: dict[str, object] = {"target": disk.target, "format": disk.source.format if disk.source else None,
+                                  "serial": disk.serial, "guest_name": device.name if device else None}
+    return item(CAPTURED, method, reason), DiskPlan(disk.target, VolumeKind.VIRTUAL, method, size,
+                                                    device.devno if device else None, disk.target, disk.source, details)
+
+
+def _why_no_hypervisor_snapshot(disk: DomainDisk) -> str | None:
+    source = disk.source
+    if source is None:
+        return "the disk has no source"
+    if source.kind not in ("file", "block") or source.path is None:
+        return f"its source is {source.kind} ({source.protocol or 'no path'}): images in files and block devices are read"
+    if source.format not in SNAPSHOT_FORMATS:
+        return f"its format {source.format} cannot be snapshotted by QEMU"
+    if disk.read_only:
+        return "it is read-only to the guest: libvirt makes no snapshot of such a disk; copy its image once"
+    if disk.shareable:
+        return "it is shared with other VMs: a snapshot in one guest does not hold the others' writes"
+    return None
+
+
+def _virtual_method(report: GuestReport, device: GuestDevice | None) -> tuple[Method, str]:
+    if device is None:
+        return Method.FREEZE_WINDOW, "the guest does not use it"
+    live = topology.live_users(report, device.devno)
+    plain = [user for user in live if user.volume is None]
+    if plain:
+        return Method.FREEZE_WINDOW, f"{plain[0].what} cannot be snapshotted in the guest"
+    if not live:
+        return Method.FREEZE_WINDOW, "nothing on it is in use"
+    return Method.GUEST_SNAPSHOT, "all that lives on it are device-mapper volumes"
+
+
+def _pass_through(report: GuestReport, device: GuestDevice, disk: DomainDisk | None, luns: Sequence[HostDevice]
+                  ) -> tuple[CoverageItem, DiskPlan | None]:
+    """A disk that only the guest can read."""
+    ident = disk.target if disk is not None else _identity(device)
+    name = f"{disk.target} = {device.name}" if disk is not None else device.name
+    live = topology.live_users(report, device.devno)
+    plain = [user for user in live if user.volume is None]
+
+    def item(decision: str, method: Method | None, reason: str) -> CoverageItem:
+        return CoverageItem(ident, name, VolumeKind.PASS_THROUGH, device.size, decision, method, reason)
+
+    if plain:
+        return item(UNCOVERED, None, f"/dev/{device.name} bypasses the hypervisor, and {plain[0].what} lies on no device-mapper "
+                                     "volume, so no snapshot can hold it; put it on LVM"), None
+    if not live:
+        return item(UNCOVERED, None, f"/dev/{device.name} bypasses the hypervisor and nothing on it is in use: no snapshot can be "
+                                     "taken of it; detach it, or activate the volumes on it"), None
+    host = _host_lun(disk, device, luns)
+    details: dict[str, object] = {
+        "target": disk.target if disk is not None else None, "guest_name": device.name, "transport": device.transport,
+        "serial": device.serial, "wwn": device.wwn, "vendor": device.vendor, "model": device.model,
+        "iscsi": None if device.iscsi is None else {"iqn": device.iscsi.iqn, "portal": device.iscsi.portal,
+                                                    "lun": device.iscsi.lun},
+        "host_device": host}
+    plan = DiskPlan(ident, VolumeKind.PASS_THROUGH, Method.GUEST_SNAPSHOT, device.size, device.devno,
+                    disk.target if disk is not None else None, disk.source if disk is not None else None, details)
+    return item(CAPTURED, Method.GUEST_SNAPSHOT, "read through the guest, as of its snapshot"), plan
+
+
+def _identity(device: GuestDevice) -> str:
+    """A name that stays when the guest numbers its disks anew."""
+    if device.iscsi is not None:
+        return f"iscsi:{device.iscsi.iqn}/{device.iscsi.lun}"
+    if device.wwn:
+        return f"wwn:{device.wwn}"
+    if device.serial:
+        return f"serial:{device.serial}"
+    return device.name
+
+
+def _host_lun(disk: DomainDisk | None, device: GuestDevice, luns: Sequence[HostDevice]) -> str | None:
+    """The host's own device of the same LUN, if the host sees it: by WWN as the guest reports it, else by the disk's source."""
+    path = disk.source.path if disk is not None and disk.source is not None else None
+    wwn = normalise_wwn(device.wwn) if device.wwn else None
+    for lun in luns:
+        if (wwn and lun.wwn == wwn) or (path is not None and path in (lun.devnode, *lun.links)):
+            return lun.devnode
+    return None
+
+
+def _volumes(report: GuestReport, plans: Sequence[DiskPlan]) -> tuple[SnapshotVolume, ...]:
+    """The volumes to snapshot: every one that lies at least partly on a disk captured by guest snapshot."""
+    wanted = {plan.devno for plan in plans if plan.method is Method.GUEST_SNAPSHOT and plan.devno is not None}
+    found: dict[str, SnapshotVolume] = {}
+    for devno in wanted:
+        for user in topology.live_users(report, devno):
+            if user.volume is not None:
+                volume = report.by_devno(user.volume)
+                assert volume is not None and volume.dm is not None
+                found[user.volume] = SnapshotVolume(user.volume, volume.dm.name, volume.size)
+    return tuple(sorted(found.values(), key=lambda volume: volume.devno))

@@ -1,0 +1,135 @@
+"""One job: what it is, how far it is, how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Protocol
+
+from vmbackupd.errors import BackupError, InvalidArgument
+from vmbackupd.job.observer import JobObserver
+from vmbackupd.job.options import BackupOptions, RestoreOptions
+from vmbackupd.job.states import advance
+from vmbackupd.model import JobState
+
+Result = dict[str, object]
+
+# The job whose work the current task does, for log records.
+current_job: ContextVar[Job | None] = ContextVar("current_job", default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class JobContext:
+    """What the work gets of its job.
+
+    ``claim(resource)`` takes a resource (``vm:UUID``, a target) for the length of the job and raises ``Busy`` when
+    another job holds it. ``others()`` are the ids of the other jobs that have not ended: their journals are in use.
+    """
+
+    id: str
+    observer: JobObserver
+    claim: Callable[[str], None]
+    others: Callable[[], frozenset[str]]
+
+
+class Runner(Protocol):
+    """Who does the work of jobs, and reads the repository for listings. Results are JSON objects.
+
+    A coroutine of a job that is cancelled gets one ``CancelledError``; it undoes what it did, however long that takes,
+    and ends with ``Cancelled`` or ``CancelledError``. Any other error fails the job.
+    """
+
+    async def backup(self, job: JobContext, vm: str, options: BackupOptions) -> Result:
+        """Back ``vm`` up: ``{"backup": id, "uncovered": [volume, ...], ...}``."""
+
+    async def restore(self, job: JobContext, backup: str, options: RestoreOptions) -> Result:
+        """Restore, or with ``dry_run`` plan it: ``{"backup", "name", "uuid", "directory", "volumes": [...], ...}``."""
+
+    async def inspect(self, job: JobContext, vm: str) -> Result:
+        """``{"vm", "uuid", "uncovered", "coverage": [{"device", "size", "kind", "method", "decision", "reason"}]}``."""
+
+    async def recover(self, job: JobContext) -> Result:
+        """Undo what dead jobs left: ``{"recovered": [{"job", "vm", "undone": [...], "failed": [...]}]}``."""
+
+    async def list_machines(self) -> list[Result]:
+        """``[{"name", "uuid", "running"}]``."""
+
+    async def list_backups(self, vm: str | None) -> list[Result]:
+        """``[{"id", "vm", "created", "t1", "size", ...}]``, of one VM or all, oldest first."""
+
+    async def show_backup(self, backup: str) -> Result:
+        """The manifest with its proof: ``t1``, ``t2``, ``freeze_ms``, ``volumes``, ``coverage``, ..."""
+
+    async def init_repository(self) -> Result:
+        """Make the configured repository: ``{"id", "path", ...}``."""
+
+    async def repository_info(self) -> Result:
+        """``{"id", "path", ...}`` of the configured repository."""
+
+
+class Job:
+    """One job as callers see it. ``created`` and ``ended`` are Unix times in seconds."""
+
+    def __init__(self, job_id: str, kind: str, vm: str, notify: Callable[[Job, set[str]], None],
+                 cancel: Callable[[Job], None]) -> None:
+        self.id = job_id
+        self.kind = kind
+        self.vm = vm
+        self.state = JobState.QUEUED
+        self.result: Result = {}
+        self.error: BackupError | None = None
+        self.created = time.time()
+        self.ended: float | None = None
+        self.observer = JobObserver(self.changed)
+        self._notify = notify
+        self._cancel = cancel
+        self._finished = asyncio.Event()
+
+    @property
+    def step(self) -> str:
+        """What it is doing now, or was doing when it ended."""
+        return self.observer.current_step
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Bytes done and in all; a total of 0 is unknown."""
+        return self.observer.bytes_done, self.observer.bytes_total
+
+    @property
+    def warnings(self) -> list[str]:
+        return self.observer.warnings
+
+    def cancel(self) -> None:
+        """Ask the job to stop and to undo what it did. Asking again changes nothing.
+
+        Raises ``InvalidArgument`` when it has already ended.
+        """
+        if self.state.final:
+            raise InvalidArgument(f"job {self.id} has already {self.state}")
+        self._cancel(self)
+
+    async def wait(self) -> None:
+        """Wait until it has ended."""
+        await self._finished.wait()
+
+    def changed(self, names: set[str]) -> None:
+        """Tell subscribers."""
+        self._notify(self, names)
+
+    def advance(self, state: JobState) -> None:
+        """Take a state that is not final."""
+        self.state = advance(self.id, self.state, state)
+        self.changed({"state"})
+
+    def finish(self, state: JobState, *, result: Result | None = None, error: BackupError | None = None) -> None:
+        """Take a final state, once."""
+        self.state = advance(self.id, self.state, state)
+        self.result = result or {}
+        self.error = error
+        self.ended = time.time()
+        pending = self.observer.close()
+        self.changed({"state", "result", "error", "ended"} | pending)
+        self._finished.set()

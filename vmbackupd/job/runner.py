@@ -1,0 +1,189 @@
+"""The work behind the job manager: backup, inspect, restore and recovery, on one hypervisor and one repository."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+from vmbackupd.config import Config
+from vmbackupd.errors import BackupError, HypervisorError
+from vmbackupd.hypervisor.base import DomainInfo, Hypervisor
+from vmbackupd.hypervisor.storage_daemon import StorageDaemon
+from vmbackupd.job import listing, pipeline, recovery
+from vmbackupd.job.context import BackupContext, to_the_end
+from vmbackupd.job.faultpoints import reach
+from vmbackupd.job.job import JobContext, Result
+from vmbackupd.job.journal import Header, Journal
+from vmbackupd.job.options import BackupOptions, RestoreOptions
+from vmbackupd.job.steps import inspect
+from vmbackupd.job.undo import UndoContext, unwind
+from vmbackupd.repository import LocalStorage, Repository
+from vmbackupd.restore.execute import execute
+from vmbackupd.restore.planner import make_plan
+
+log = logging.getLogger("job.runner")
+
+
+class JobRunner:
+    """What the manager's jobs do. One instance a daemon; between jobs it keeps nothing but the journals on disk."""
+
+    def __init__(self, config: Config, hypervisor: Hypervisor) -> None:
+        self.config = config
+        self.hypervisor = hypervisor
+
+    @property
+    def journals(self) -> Path:
+        """The directory of the undo journals."""
+        return self.config.state_directory / "journal"
+
+    # Jobs
+
+    async def backup(self, job: JobContext, vm: str, options: BackupOptions) -> Result:
+        """Back ``vm`` up; see :class:`vmbackupd.job.job.Runner`."""
+        began = time.monotonic()
+        repository = await asyncio.to_thread(self._open_repository)
+        domain = await self._claim(job, vm)
+        async with self._context(job, domain, options) as ctx:
+            ctx.repository = repository
+            ctx.writer = await asyncio.to_thread(repository.writer)
+            timeline = await pipeline.run(ctx)
+            assert ctx.manifest is not None and ctx.coverage is not None
+            return listing.backup_result(ctx.manifest, timeline, time.monotonic() - began)
+
+    async def inspect(self, job: JobContext, vm: str) -> Result:
+        """What a backup of ``vm`` would do with each of its devices."""
+        domain = await self._claim(job, vm)
+        async with self._context(job, domain, BackupOptions()) as ctx:
+            await pipeline.run(ctx, (("inspect", inspect.look), ("release", pipeline.release.run)))
+            assert ctx.coverage is not None
+            return listing.inspection(domain, ctx.coverage)
+
+    async def restore(self, job: JobContext, backup: str, options: RestoreOptions) -> Result:
+        """Restore ``backup``, or plan it."""
+        job.observer.step("plan")
+        repository = await asyncio.to_thread(self._open_repository)
+        manifest = await asyncio.to_thread(repository.manifest, backup)
+        daemon = partial(StorageDaemon, self.config.runtime_directory)
+        plan = await make_plan(manifest, options, repository=repository, hypervisor=self.hypervisor, storage_daemon=daemon)
+        if options.dry_run:
+            return plan.as_dict()
+        plan.require_sound()
+        name = plan.domain.name if plan.domain else ""
+        job.claim(f"vm:{name}")
+        for volume in plan.volumes:
+            job.claim(f"target:{volume.target}")
+        job.observer.expect(plan.size)
+        journal = Journal.create(self.journals, Header(job.id, "restore", name, plan.domain.uuid if plan.domain else ""))
+        try:
+            result = await execute(plan, repository=repository, manifest=manifest, storage_daemon=daemon,
+                                   hypervisor=self.hypervisor, observer=job.observer,
+                                   on_effect=lambda undo, argument: _record(journal, undo, argument))
+        except BaseException:
+            # execute has undone what it did; what it could not is undone here or stays written down
+            task, _ = await to_the_end(unwind(UndoContext(self.hypervisor, job.id, name, journal.header.uuid), journal))
+            task.result()
+            raise
+        else:
+            for entry in journal.pending:
+                journal.done(entry)
+            return result
+        finally:
+            journal.close()
+
+    async def recover(self, job: JobContext) -> Result:
+        """Undo what dead jobs left behind.
+
+        Raises ``HypervisorError`` naming what could not be undone; it stays in the journals.
+        """
+        job.observer.step("recover")
+        recovered = await recovery.recover_all(self.hypervisor, self.journals, job.others())
+        for item in recovered:
+            for failed in item.failed:
+                job.observer.warning(f"VM {item.vm}: {failed.undo}: {failed.error}")
+        if any(item.failed for item in recovered):
+            first = next(item for item in recovered if item.failed)
+            raise HypervisorError(f"VM {first.vm}: {first.failed[0].undo} of job {first.job} could not be undone: "
+                                  f"{first.failed[0].error}; mend that, then run vmbackupctl recover again")
+        return {"recovered": [item.to_dict() for item in recovered]}
+
+    # Listings
+
+    async def list_machines(self) -> list[Result]:
+        """Every domain of the hypervisor."""
+        return [{"name": name, "uuid": uuid, "running": running}
+                for name, uuid, running in await self.hypervisor.domains()]
+
+    async def list_backups(self, vm: str | None) -> list[Result]:
+        """Backups of ``vm`` or all, oldest first."""
+        def read() -> list[Result]:
+            return [listing.summary(backup) for backup in self._open_repository().backups()]
+
+        return [item for item in await asyncio.to_thread(read) if vm in (None, item["vm"], item["uuid"])]
+
+    async def show_backup(self, backup: str) -> Result:
+        """The manifest of one backup, with its proof."""
+        def read() -> Result:
+            return listing.shown(self._open_repository().manifest(backup))
+
+        return await asyncio.to_thread(read)
+
+    async def init_repository(self) -> Result:
+        """Make the configured repository."""
+        def create() -> Result:
+            repository = Repository.create(LocalStorage(self.config.repository.path, create=True))
+            return listing.repository(repository, self.config.repository.path)
+
+        return await asyncio.to_thread(create)
+
+    async def repository_info(self) -> Result:
+        """Facts about the configured repository."""
+        def read() -> Result:
+            return listing.repository(self._open_repository(), self.config.repository.path)
+
+        return await asyncio.to_thread(read)
+
+    # Shared by the jobs
+
+    def _open_repository(self) -> Repository:
+        return Repository.open(LocalStorage(self.config.repository.path))
+
+    async def _claim(self, job: JobContext, vm: str) -> DomainInfo:
+        """The domain, for this job alone, with nothing left on it of an earlier one.
+
+        Raises ``HypervisorError`` when what an earlier job left cannot be undone.
+        """
+        domain = await self.hypervisor.domain(vm)
+        job.claim(f"vm:{domain.uuid}")
+        for path in recovery.journals_of(self.journals, domain.uuid, job.others() | {job.id}):
+            job.observer.step("recover")
+            recovered = await recovery.recover(self.hypervisor, path)
+            for failed in recovered.failed:
+                raise HypervisorError(f"VM {domain.name}: an earlier job ({recovered.job}) left something that cannot be undone: "
+                                      f"{failed.undo}: {failed.error}; mend that, then run vmbackupctl recover")
+        return await self.hypervisor.domain(domain.uuid)
+
+    @asynccontextmanager
+    async def _context(self, job: JobContext, domain: DomainInfo, options: BackupOptions) -> AsyncIterator[BackupContext]:
+        await reach("job:claimed")
+        journal = Journal.create(self.journals, Header(job.id, "backup", domain.name, domain.uuid))
+        undo = UndoContext(self.hypervisor, job.id, domain.name, domain.uuid)
+        ctx = BackupContext(job.id, domain.name, options, self.config, self.hypervisor, job.observer, journal, undo, domain)
+        try:
+            yield ctx
+        finally:
+            for what, close in (("guest helper", ctx.close_helper), ("storage daemon", ctx.close_storage),
+                                ("repository writer", ctx.abort_writer)):
+                try:
+                    await close()
+                except (BackupError, OSError) as error:
+                    log.error("VM %s: closing the %s: %s", domain.name, what, error)
+            journal.close()
+
+
+def _record(journal: Journal, undo: str, argument: str) -> None:
+    journal.record(undo, **{"uuid" if undo == "undefine" else "path": argument})

@@ -1,0 +1,18 @@
+"""Release: commit the overlays, drop the guest's snapshots, unplug what was plugged, delete the scratch disk."""
+
+from __future__ import annotations
+
+from vmbackupd.errors import HypervisorError
+from vmbackupd.job import undo
+from vmbackupd.job.context import BackupContext, uninterrupted
+
+
+async def run(ctx: BackupContext) -> None:
+    """Undo all that is still pending.
+
+    Raises ``HypervisorError`` naming what is left behind; it stays in the journal for a later recovery.
+    """
+    await ctx.close_storage()
+    unwound = await uninterrupted(undo.unwind(ctx.undo, ctx.journal))
+    for name, failure in unwound.failed:
+        raise HypervisorError(f"VM {ctx.vm}: {name} could not be undone: {failure}; run vmbackupctl recover") from failure

@@ -1,0 +1,114 @@
+"""T1: freeze through the guest agent, snapshot all volumes in the guest at one instant, thaw.
+
+Inside the same freeze the hypervisor snapshots the virtual disks that have something live on them which the guest
+cannot snapshot (method ``freeze-window``). The freeze is measured from sending the freeze to the confirmed thaw. Past the budget
+the guest is thawed at once and the backup fails; should this process hang or die, the helper in the guest thaws it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from vmbackupd.errors import FreezeBudgetExceeded, TopologyChanged
+from vmbackupd.host.udev import host_luns
+from vmbackupd.job import coverage, overlays
+from vmbackupd.job.context import BackupContext, uninterrupted
+from vmbackupd.job.faultpoints import reach
+from vmbackupd.job.snapshots import require_valid
+from vmbackupd.model import Method
+
+T = TypeVar("T")
+
+DEADMAN_MARGIN = 1.0  # seconds past the budget: a thaw of ours that comes in time is not overtaken by the guest's own
+STRAGGLER_DEADLINE = 60.0  # seconds an operation that overran the budget may still take to end, after the thaw
+
+
+@dataclass
+class _Freeze:
+    """The frozen section under way: when it began, and what overran the budget and has yet to end."""
+
+    budget: float
+    began: float = field(default_factory=time.monotonic)
+    stragglers: list[asyncio.Future[object]] = field(default_factory=list)
+
+    async def within(self, work: Awaitable[T]) -> T:
+        """The result of ``work``. Raises ``TimeoutError`` when the budget runs out first; ``work`` goes on."""
+        task = asyncio.ensure_future(work)
+        await asyncio.wait({task}, timeout=max(0.0, self.began + self.budget - time.monotonic()))
+        if not task.done():
+            self.stragglers.append(task)  # type: ignore[arg-type]
+            raise TimeoutError
+        return task.result()
+
+
+async def run(ctx: BackupContext) -> None:
+    """Set ``ctx.t1``, ``ctx.freeze_ms`` and what the freeze was like.
+
+    Raises ``TopologyChanged`` when a device came or went since inspect, ``FreezeBudgetExceeded`` with the figure, or
+    ``SnapshotLost`` when the snapshots do not hold.
+    """
+    assert ctx.coverage is not None
+    await _require_same_devices(ctx)
+    window = [plan for plan in ctx.coverage.plans if plan.method is Method.FREEZE_WINDOW]
+    paths = await overlays.prepare(ctx, window)
+    await reach("t1-snapshot:prepared")
+    await uninterrupted(_frozen_section(ctx, paths))
+    await reach("t1-snapshot:thawed")
+    if ctx.coverage.volumes:
+        require_valid(ctx, await ctx.helper.status())
+
+
+async def _require_same_devices(ctx: BackupContext) -> None:
+    """Look again, right before the freeze: the plan must still be about the devices that are there."""
+    assert ctx.report is not None and ctx.coverage is not None
+    domain = await ctx.hypervisor.domain(ctx.domain.uuid)
+    report = await ctx.helper.probe()
+    now = coverage.allow(coverage.decide(domain, report, host_luns(), own=ctx.job), ctx.options.allow_uncovered)
+    differing = coverage.difference(ctx.coverage, now)
+    if report.boot_id != ctx.report.boot_id:
+        differing = "the guest was rebooted"
+    if differing:
+        raise TopologyChanged(f"VM {ctx.vm}: {differing} between inspect and T1; run the backup again")
+
+
+async def _frozen_section(ctx: BackupContext, paths: dict[str, str]) -> None:
+    """Freeze, snapshot, thaw, whatever happens between; not to be interrupted: a cancellation waits for the thaw."""
+    budget = ctx.options.freeze_budget or ctx.config.guest.freeze_budget
+    await ctx.helper.arm(budget + DEADMAN_MARGIN)
+    ctx.entries["thaw"] = ctx.journal.record("thaw")
+    freeze = _Freeze(budget)
+    over = False
+    try:
+        await _snapshot_frozen(ctx, freeze, paths)
+    except TimeoutError:
+        over = True
+    finally:
+        await ctx.undo_now("thaw")
+        ctx.freeze_ms = round((time.monotonic() - freeze.began) * 1000, 1)
+        if freeze.stragglers:
+            await asyncio.wait(freeze.stragglers, timeout=STRAGGLER_DEADLINE)
+    fired = await ctx.helper.disarm()
+    if over or fired or ctx.freeze_ms > budget * 1000:
+        raise FreezeBudgetExceeded(
+            f"VM {ctx.vm} was frozen for {ctx.freeze_ms:.0f} ms{' (the guest thawed by itself)' if fired else ''}, over the "
+            f"budget of {budget * 1000:.0f} ms: it is thawed and the backup is undone. Try at a quieter time, look at the "
+            "guest's fsfreeze hooks, or raise the budget")
+
+
+async def _snapshot_frozen(ctx: BackupContext, freeze: _Freeze, paths: dict[str, str]) -> None:
+    """What happens between freeze and thaw. Raises ``TimeoutError`` past the budget."""
+    assert ctx.coverage is not None
+    frozen = await freeze.within(ctx.agent("guest-fsfreeze-freeze"))
+    ctx.frozen_filesystems = frozen if isinstance(frozen, int) else 0
+    await freeze.within(reach("t1-snapshot:frozen"))
+    if ctx.coverage.volumes:
+        snap = await freeze.within(ctx.helper.snap())
+        ctx.t1, ctx.suspend_ms = snap.t1, snap.suspend_ms
+    ctx.t1 = ctx.t1 or time.time()
+    await freeze.within(reach("t1-snapshot:snapped"))
+    if paths:
+        await freeze.within(ctx.hypervisor.snapshot(ctx.domain.uuid, paths))

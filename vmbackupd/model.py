@@ -1,0 +1,110 @@
+"""Values that cross layers: frozen, validated where they are made, without behaviour beyond their own data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class VolumeKind(StrEnum):
+    """Whose block layer a guest's disk goes through."""
+
+    VIRTUAL = "virtual"
+    PASS_THROUGH = "pass-through"
+
+
+class Method(StrEnum):
+    """How a disk is brought to T1."""
+
+    GUEST_SNAPSHOT = "guest-snapshot"
+    FREEZE_WINDOW = "freeze-window"
+
+
+class Consistency(StrEnum):
+    """What the captured instant means to the guest: hooks ran and filesystems were frozen, filesystems were frozen,
+    or as after a power cut."""
+
+    APPLICATION = "application"
+    FILESYSTEM = "filesystem"
+    CRASH = "crash"
+
+
+class RevertMode(StrEnum):
+    """When the T2 images are set back to T1. ``BOTH`` reverts at backup time and keeps what a later revert needs."""
+
+    BACKUP = "backup"
+    RESTORE = "restore"
+    BOTH = "both"
+
+
+class JobState(StrEnum):
+    """The life of a job; the last three are final."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    CANCELLING = "cancelling"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        return self in (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """``length`` bytes from byte ``start``."""
+
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """``length`` bytes of a volume from ``volume_offset``, lying on disk ``disk`` (its id) from ``disk_offset``."""
+
+    volume_offset: int
+    disk: str
+    disk_offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeMap:
+    """A volume snapshotted in the guest: where each of its bytes lies, and where its COW store lies on the scratch disk.
+
+    ``store_offset`` and ``store_length`` are bytes on the scratch disk; segments are sorted, adjacent and cover ``size``.
+    """
+
+    name: str
+    size: int
+    store_offset: int
+    store_length: int
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeRecord:
+    """One captured disk as a backup's manifest keeps it.
+
+    ``id`` is the name users give it by: a libvirt target (``vda``) for a virtual disk, ``wwn:...``, ``serial:...`` or
+    ``iscsi:IQN/LUN`` for a pass-through disk. ``tree`` is the image at T1 (None in a backup that is reverted at restore time),
+    ``t2_tree`` the image at T2 where kept. Sizes in bytes.
+    """
+
+    id: str
+    kind: VolumeKind
+    method: Method
+    consistency: Consistency
+    size: int
+    tree: str | None
+    t2_tree: str | None = None
+    bytes_read: int = 0
+    bytes_stored: int = 0
+    reverted_chunks: int = 0
+    details: dict[str, object] = field(default_factory=dict)
