@@ -36,7 +36,7 @@ def pkg_config(option: str) -> list[str]:
 
 
 def extensions() -> list[Extension]:
-    cflags = [*pkg_config("--cflags"), "-Wall", "-fno-strict-aliasing", "-fvisibility=hidden"]
+    cflags = [*pkg_config("--cflags"), "-Wall", "-Wno-sign-compare", "-fno-strict-aliasing", "-fvisibility=hidden"]
     ldflags = ["-Wl,--as-needed", *pkg_config("--libs")]
     cflags += ["-O1", "-g", "-UNDEBUG"] if DEBUG else ["-O3", "-g1"]
     if SANITIZE:

@@ -8,8 +8,7 @@ cdef extern from *:
     int __builtin_popcountll(unsigned long long) nogil
     int __builtin_ctzll(unsigned long long) nogil
 
-cdef enum:
-    MAX_BITS = 1 << 36          # 4 PiB in 64 KiB chunks: 8 GiB of bitmap
+MAX_BITS = 1 << 36          # 4 PiB in 64 KiB chunks
 
 
 cdef class Bitmap:

@@ -5,13 +5,13 @@ from vmbackupd.engine.progress import Progress as Progress
 from vmbackupd.engine.sink import ChunkSink, ChunkSource
 
 def copy_in(
-    source: NbdConnection, sink: ChunkSink, progress: Progress, *, in_flight: int = 16, request: int = 1 << 20
+    source: NbdConnection, sink: ChunkSink, progress: Progress, *, in_flight: int = 32, request: int = 256 << 10
 ) -> None:
     """Copy a whole export into ``sink``, in image order. Blocking; runs without the GIL.
 
     Block status is asked first: what the server says is zero does not travel, and chunks that turn out to be zeros are
     handed over as such. ``in_flight`` buffers of ``request`` bytes (at most 4 MiB, whole chunks) are the memory it takes,
-    64 MiB at most. Errors: SourceError (also if the export is smaller than the sink's image), Cancelled within about
+    64 MiB at most; the defaults (8 MiB) were the fastest with qemu-nbd, whose larger requests leave the CPU's caches. Errors: SourceError (also if the export is smaller than the sink's image), Cancelled within about
     200 ms of ``progress.cancel()``, and whatever the sink raises; each of them closes the connection.
     """
 
@@ -21,8 +21,8 @@ def copy_out(
     progress: Progress,
     *,
     target_is_zero: bool,
-    in_flight: int = 16,
-    request: int = 1 << 20,
+    in_flight: int = 32,
+    request: int = 256 << 10,
 ) -> None:
     """Copy a whole image onto an export, then flush it. Blocking; runs without the GIL.
 

@@ -5,17 +5,18 @@ to the sink (or takes the next ones from the source). Memory is the ring of buff
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
+from vmbackupd.engine.blockstatus cimport BlockStatus
 from vmbackupd.engine.buffers cimport AlignedBuffer
-from vmbackupd.engine.libnbd cimport LIBNBD_STATE_ZERO, nbd_aio_block_status, nbd_extent_callback
-from vmbackupd.engine.nbd cimport POLL_MS, STATUS_LIMIT, NbdConnection, Request, completion
+from vmbackupd.engine.nbd cimport POLL_MS, STATUS_LIMIT, ZERO_LIMIT, NbdConnection
 from vmbackupd.engine.pipeline cimport Pipeline, Slot
 from vmbackupd.engine.progress cimport Progress
 from vmbackupd.engine.sink cimport ChunkSink, ChunkSource, chunk_count, chunk_length
 from vmbackupd.engine.zero cimport is_zero
 
-from vmbackupd.engine.progress import Progress
 from vmbackupd.errors import Cancelled, SourceError, TargetRefused
+
+# a cimported name is no attribute of the module; callers of this one want it
+globals()["Progress"] = Progress
 
 cdef enum:
     MAP_ROOM = 32768                # extents kept of one block status answer: 512 KiB
@@ -43,48 +44,6 @@ cdef uint32_t _buffers(size_t buffer_size, in_flight) except 0:
     return max(1, min(in_flight, <size_t>MEMORY_MAX // buffer_size))
 
 
-# ---- block status
-
-cdef struct MapExtent:
-    uint64_t length
-    bint data
-
-
-# the answer to one block status, as it arrives
-cdef struct StatusAnswer:
-    Request request
-    uint64_t expected       # where the next extent must start
-    uint32_t count
-    bint broken             # it did not start there, or had an empty extent
-    MapExtent *extents      # MAP_ROOM
-
-
-cdef int _extents(void *user_data, const char *metacontext, uint64_t offset, uint32_t *entries, size_t nr_entries,
-                  int *error) noexcept nogil:
-    """Keeps the answer. One context only was asked for. What does not fit is asked for again."""
-    cdef StatusAnswer *answer = <StatusAnswer *>user_data
-    cdef size_t i
-    cdef bint data
-    if offset != answer.expected:
-        answer.broken = True
-        return 0
-    for i in range(0, nr_entries - nr_entries % 2, 2):
-        if entries[i] == 0:
-            answer.broken = True
-            return 0
-        data = not (entries[i + 1] & LIBNBD_STATE_ZERO)
-        if answer.count > 0 and answer.extents[answer.count - 1].data == data:
-            answer.extents[answer.count - 1].length += entries[i]
-        elif answer.count == MAP_ROOM:
-            return 0
-        else:
-            answer.extents[answer.count].length = entries[i]
-            answer.extents[answer.count].data = data
-            answer.count += 1
-        answer.expected += entries[i]
-    return 0
-
-
 # ---- in
 
 cdef class _CopyIn:
@@ -97,8 +56,8 @@ cdef class _CopyIn:
     cdef uint64_t size
     cdef uint64_t chunk
     cdef uint64_t chunks
-    cdef StatusAnswer answer
-    cdef uint32_t extent            # next one of the answer to use
+    cdef BlockStatus map
+    cdef uint32_t extent            # next one of the map to use
     cdef bint ask                   # block status is of use
     cdef bint asked                 # and under way
     cdef uint64_t known             # bytes from 0 whose extents were used
@@ -115,15 +74,7 @@ cdef class _CopyIn:
         self.chunk = sink.chunk_size
         self.chunks = chunk_count(sink.size, sink.chunk_size)
         self.ask = source.can_block_status
-        self.answer.extents = <MapExtent *>malloc(MAP_ROOM * sizeof(MapExtent))
-        if self.answer.extents == NULL:
-            raise MemoryError()
-
-    def __dealloc__(self):
-        # as in Pipeline: libnbd may still point here
-        if self.asked and self.source is not None:
-            self.source.abandon()
-        free(self.answer.extents)
+        self.map = BlockStatus(source, MAP_ROOM)
 
     cdef int run(self) except -1 nogil:
         cdef bint busy
@@ -143,15 +94,16 @@ cdef class _CopyIn:
     cdef int plan(self) except -1 nogil:
         """Goes on in the map, as long as there is nothing to read; asks for more map. 1 if it did anything."""
         cdef int did = 0
-        if self.asked and self.answer.request.pending == 0:
+        if self.asked and self.map.answer.request.pending == 0:
+            # a server that cannot say is read whole from here on; if the medium is bad, the reads will tell
+            self.ask = self.map.take(self.known)
             self.asked = False
-            self.take_answer()
             did = 1
-        while self.read_first == self.read_end and self.extent < self.answer.count:
-            self.use(self.answer.extents[self.extent].length, self.answer.extents[self.extent].data)
+        while not self.asked and self.read_first == self.read_end and self.extent < self.map.answer.count:
+            self.use(self.map.answer.extents[self.extent].length, self.map.answer.extents[self.extent].data)
             self.extent += 1
             did = 1
-        if not self.asked and self.extent == self.answer.count and self.known < self.size:
+        if not self.asked and self.extent == self.map.answer.count and self.known < self.size:
             self.ask_more()
             did = 1
         return did
@@ -188,41 +140,15 @@ cdef class _CopyIn:
         return 0
 
     cdef int ask_more(self) except -1 nogil:
-        cdef nbd_extent_callback callback
         cdef uint64_t length = self.size - self.known
-        if length > STATUS_LIMIT:
-            length = STATUS_LIMIT
         self.extent = 0
-        self.answer.count = 0
-        if not self.ask:
-            self.answer.extents[0].length = length
-            self.answer.extents[0].data = True
-            self.answer.count = 1
+        if self.ask:
+            self.map.ask(self.known, length)
+            self.asked = True
             return 0
-        # a server that rounds its image up to blocks wants the question rounded too
-        if length % self.source.min_block and self.known + length < self.source.size:
-            length += self.source.min_block - length % self.source.min_block
-        self.answer.expected = self.known
-        self.answer.broken = False
-        self.answer.request.error = 0
-        self.answer.request.pending = 1
-        callback.callback = _extents
-        callback.user_data = &self.answer
-        callback.free = NULL
-        if nbd_aio_block_status(self.source.handle, length, self.known, callback, completion(&self.answer.request),
-                                0) == -1:
-            return self.source.fail_connection("block status")
-        self.asked = True
-        return 0
-
-    cdef int take_answer(self) except -1 nogil:
-        """A server that cannot say is read whole from here on; if the medium is bad, the reads will tell."""
-        if self.answer.broken:
-            with gil:
-                raise SourceError(f"NBD export {self.source.export!r}: malformed block status at {self.known}")
-        if self.answer.request.error != 0 or self.answer.count == 0:
-            self.answer.count = 0
-            self.ask = False
+        self.map.answer.extents[0].length = STATUS_LIMIT if length > STATUS_LIMIT else length
+        self.map.answer.extents[0].data = True
+        self.map.answer.count = 1
         return 0
 
     cdef int start_reads(self) except -1 nogil:
@@ -273,8 +199,8 @@ cdef class _CopyIn:
         return 1
 
 
-def copy_in(NbdConnection source not None, ChunkSink sink not None, Progress progress not None, *, in_flight=16,
-            request=1 << 20):
+def copy_in(NbdConnection source not None, ChunkSink sink not None, Progress progress not None, *, in_flight=32,
+            request=256 << 10):
     cdef _CopyIn copy
     if source.size < sink.size:
         raise SourceError(
@@ -350,11 +276,13 @@ cdef class _CopyOut:
 
     cdef Slot *slot(self, uint64_t offset, size_t length) except NULL nogil:
         """A free slot; waits for one."""
-        cdef Slot *found = self.ring.begin(offset, length)
+        cdef Slot *found
+        # before, not after: a slot that was only just begun has nothing pending, like one that is done
+        self.collect(False)
+        found = self.ring.begin(offset, length)
         while found == NULL:
             self.collect(True)
             found = self.ring.begin(offset, length)
-        self.collect(False)
         return found
 
     cdef int collect(self, bint wait) except -1 nogil:
@@ -388,8 +316,8 @@ cdef class _CopyOut:
                 return 0
             if part > self.ring.buffer_size and self.zeros is not None:
                 part = self.ring.buffer_size
-            if part > (128 << 20):
-                part = 128 << 20
+            if part > ZERO_LIMIT:
+                part = ZERO_LIMIT
             slot = self.slot(at, part)
             self.clear(slot, at, part)
             slot.zero_bytes = part
@@ -430,7 +358,7 @@ cdef class _CopyOut:
         """Writes a slot: its runs of data as they are, its runs of zeros as zeroes or not at all."""
         cdef uint64_t index = first
         cdef size_t at = 0, start = 0, size
-        cdef bint zero, run_zero = False
+        cdef bint zero = False, run_zero = False
         while index <= end:
             if index < end:
                 size = chunk_length(self.size, <uint32_t>self.chunk, index)
@@ -453,7 +381,7 @@ cdef class _CopyOut:
 
 
 def copy_out(ChunkSource source not None, NbdConnection target not None, Progress progress not None, *,
-             bint target_is_zero, in_flight=16, request=1 << 20):
+             bint target_is_zero, in_flight=32, request=256 << 10):
     cdef _CopyOut copy
     if target.read_only:
         raise TargetRefused(f"NBD export {target.export!r}: it is read-only")

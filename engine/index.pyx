@@ -166,11 +166,11 @@ cdef class EntryTable:
         self.count = 0
         memset(self.slots, 0, (<size_t>self.mask + 1) * sizeof(uint32_t))
 
-    def encode(self, bytes key not None, bytes repository not None, bytes index not None, list packs not None):
+    def encode(self, bytes key not None, bytes repository not None, bytes index not None, list packs not None, uint32_t first=0):
         """The table as the bytes of an index file (a list of buffers to be written one after another).
 
-        ``packs`` are the ids that the entries' pack numbers count in, ``key`` the seal key, ``repository`` and
-        ``index`` 16 byte ids. Sorts the entries in place, so the table is cleared afterwards.
+        ``packs`` are the ids of the packs numbered ``first`` and up in the entries, ``key`` the seal key,
+        ``repository`` and ``index`` 16 byte ids. Sorts the entries in place, so the table is cleared afterwards.
         """
         cdef uint64_t blocks = (self.count + BLOCK_ENTRIES - 1) // BLOCK_ENTRIES
         cdef bytearray body = bytearray(blocks * BLOCK)
@@ -180,7 +180,9 @@ cdef class EntryTable:
         cdef uint8_t *line = <uint8_t *><char *>directory
         cdef uint8_t *head = <uint8_t *><char *>header
         cdef const uint8_t *secret = <const uint8_t *><char *>key
-        cdef uint64_t block, first, length
+        cdef uint64_t block, start, length
+        cdef uint32_t number
+        cdef uint8_t *at
         if len(key) != 32 or len(repository) != 16 or len(index) != 16 or any(len(pack) != PACK_ID for pack in packs):
             raise ValueError("ids have 16 bytes, keys 32")
         memcpy(head, <char *>MAGIC, 8)
@@ -191,11 +193,14 @@ cdef class EntryTable:
         store_u32(head + 56, <uint32_t>len(packs))
         store_u32(head + 60, <uint32_t>blocks)
         with nogil:
+            for number in range(self.count):
+                at = self.entries + number * <size_t>ENTRY + NAME
+                store_u32(at, load_u32(at) - first)
             qsort(self.entries, self.count, ENTRY, _by_name)
             for block in range(blocks):
-                first = block * BLOCK_ENTRIES
-                length = min(<uint64_t>BLOCK_ENTRIES, self.count - first)
-                memcpy(out + block * BLOCK, self.entries + first * ENTRY, length * ENTRY)
+                start = block * BLOCK_ENTRIES
+                length = min(<uint64_t>BLOCK_ENTRIES, self.count - start)
+                memcpy(out + block * BLOCK, self.entries + start * ENTRY, length * ENTRY)
                 memcpy(line + block * DIRECTORY_ENTRY, out + block * BLOCK, 8)
                 keyed_hash(secret, out + block * BLOCK, BLOCK, line + block * DIRECTORY_ENTRY + 8)
         self.clear()
@@ -343,6 +348,19 @@ cdef class IndexFile:
         """The 16 byte ids of the packs this index covers."""
         return [self.index.packs[number * PACK_ID:(number + 1) * PACK_ID] for number in range(self.index.pack_count)]
 
+    def parts(self):
+        """Iterate over the file's bytes, 1 MiB at a time. StorageError."""
+        offset = 0
+        while True:
+            try:
+                part = os.pread(self.index.fd, 1 << 20, offset)
+            except OSError as reason:
+                raise StorageError(f"index {self.label}: {reason}") from reason
+            if not part:
+                return
+            yield part
+            offset += len(part)
+
     def check(self):
         """Read every block. RepositoryCorrupt if one is damaged, out of order or points to no pack."""
         for _ in self._blocks():
@@ -351,15 +369,20 @@ cdef class IndexFile:
     def names(self):
         """Iterate over (name, kind, pack number) of all entries, sorted. RepositoryCorrupt as for ``check``."""
         cdef Entry entry
-        for block, length in self._blocks():
-            for at in range(0, length * ENTRY, ENTRY):
-                decode_entry(<const uint8_t *><char *>block + at, &entry)
-                yield block[at : at + NAME], entry.kind, entry.pack
+        cdef bytes data
+        cdef size_t at, number, length
+        for data, length in self._blocks():
+            for number in range(length):
+                at = number * ENTRY
+                decode_entry(<const uint8_t *><char *>data + at, &entry)
+                yield data[at : at + NAME], entry.kind, entry.pack
 
     def _blocks(self):
         cdef bytes last = b""
         cdef bytes data
         cdef Entry entry
+        cdef uint64_t block
+        cdef size_t at, number, length
         for block in range(self.index.blocks):
             length = min(<uint64_t>BLOCK_ENTRIES, self.index.entries - block * BLOCK_ENTRIES)
             try:
@@ -368,7 +391,8 @@ cdef class IndexFile:
                 raise StorageError(f"index {self.label}: {reason}") from reason
             if _seal(self.index.key[:32], data) != self.index.tags[block * TAG:(block + 1) * TAG]:
                 raise RepositoryCorrupt(f"index {self.label}: block {block} does not match its checksum")
-            for at in range(0, length * ENTRY, ENTRY):
+            for number in range(length):
+                at = number * ENTRY
                 decode_entry(<const uint8_t *><char *>data + at, &entry)
                 if data[at : at + NAME] <= last or entry.pack >= self.index.pack_count or not _plausible(&entry):
                     raise RepositoryCorrupt(f"index {self.label}: block {block} holds an impossible entry")

@@ -19,7 +19,7 @@ cdef enum:
     POLL_MS = 100                    # longest wait before the cancel flags are looked at again
     REQUEST_LIMIT = 32 << 20         # bytes of one read or write, unless the server says less
     ZERO_LIMIT = 128 << 20           # bytes of one write-zeroes: some servers really write them
-    STATUS_LIMIT = 1 << 31           # bytes asked about in one block status
+    STATUS_LIMIT = 1 << 30           # bytes asked about in one block status
 
 
 # a request and its answer; it must live until `pending` is 0 or the connection is abandoned

@@ -84,7 +84,8 @@ def test_a_module_imports_only_what_its_part_may(name: str, path: Path) -> None:
         if inner.split(".")[0] in (part, "__version__"):
             continue
         assert any(inner == allowed or inner.startswith(allowed + ".") for allowed in ALLOWED[part]), (
-            f"{name} imports {imported}")
+            f"{name} imports {imported}"
+        )
 
 
 @pytest.mark.parametrize(("name", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")

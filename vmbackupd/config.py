@@ -52,11 +52,11 @@ class GuestConfig:
 class ScratchConfig:
     """The scratch disk that holds a guest's COW stores: a thin image in ``directory``, where QEMU must get in.
 
-    Its virtual size is ``size`` bytes, or where that is None ``share`` of what the snapshotted volumes hold.
+    Its virtual size has room for ``share`` of the snapshotted volumes to be overwritten, but is at most ``size`` bytes.
     """
 
     directory: Path
-    share: float = 0.2
+    share: float = 0.5
     size: int | None = None
 
 
@@ -150,8 +150,8 @@ def size(value: object) -> int:
 
 def _share(value: object) -> float:
     result = _quantity(value, {"%": 0.01}, 1.0)
-    if result is None or not 0.01 <= result <= 2:
-        raise ValueError('a share from 0.01 to 2, or text such as "20 %"')
+    if result is None or not 0.01 <= result <= 1:
+        raise ValueError('a share from 0.01 to 1, or text such as "20 %"')
     return result
 
 

@@ -74,9 +74,13 @@ class GuestProtocolError(BackupError):
 
 
 class GuestHelperError(BackupError):
-    """The helper reports that an operation in the guest failed."""
+    """The helper reports that an operation in the guest failed. ``reason`` is its own code for it."""
 
     code = "GuestHelper"
+
+    def __init__(self, message: str, *, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class UncoveredVolume(BackupError):

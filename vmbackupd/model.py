@@ -76,9 +76,11 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class VolumeMap:
-    """A volume snapshotted in the guest: where each of its bytes lies, and where its COW store lies on the scratch disk.
+    """A volume snapshotted in the guest: where each of its bytes lies, and where its COW store lies on the scratch
+    disk.
 
-    ``store_offset`` and ``store_length`` are bytes on the scratch disk; segments are sorted, adjacent and cover ``size``.
+    ``store_offset`` and ``store_length`` are bytes on the scratch disk; segments are sorted, adjacent and cover
+    ``size``. ``exceptions`` is the number of chunks its COW store held at T2.
     """
 
     name: str
@@ -86,6 +88,7 @@ class VolumeMap:
     store_offset: int
     store_length: int
     segments: tuple[Segment, ...]
+    exceptions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +96,8 @@ class VolumeRecord:
     """One captured disk as a backup's manifest keeps it.
 
     ``id`` is the name users give it by: a libvirt target (``vda``) for a virtual disk, ``wwn:...``, ``serial:...`` or
-    ``iscsi:IQN/LUN`` for a pass-through disk. ``tree`` is the image at T1 (None in a backup that is reverted at restore time),
-    ``t2_tree`` the image at T2 where kept. Sizes in bytes.
+    ``iscsi:IQN/LUN`` for a pass-through disk. ``tree`` is the image at T1 (None in a backup that is reverted at
+    restore time), ``t2_tree`` the image at T2 where kept. Sizes in bytes.
     """
 
     id: str
@@ -108,3 +111,17 @@ class VolumeRecord:
     bytes_stored: int = 0
     reverted_chunks: int = 0
     details: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class CoverageRecord:
+    """What became of one block device of the guest: ``decision`` is ``captured``, ``excluded`` (it cannot hold what a
+    restore needs) or ``allowed`` (it could not be captured, and was allowed by name to be missing)."""
+
+    id: str
+    device: str
+    kind: VolumeKind
+    size: int
+    method: Method | None
+    decision: str
+    reason: str

@@ -1,4 +1,5 @@
-"""Judges a restored set of disks: what the writer's logs say, and what e2fsck says. Uses nothing of the project's code."""
+"""Judges a restored set of disks: what the writer's logs say, and what e2fsck says. Uses nothing of the project's
+code."""
 
 from __future__ import annotations
 
@@ -8,7 +9,13 @@ from pathlib import Path
 from tests.lab import volumes, writer
 from tests.lab.guest import LOGS
 
-LOGICAL = {"data": "vgdata/data", "iscsi": "vgiscsi/iscsi", "lun": "vglun/lun", "span": "vgspan/span", "root": "vgroot/root"}
+LOGICAL = {
+    "data": "vgdata/data",
+    "iscsi": "vgiscsi/iscsi",
+    "lun": "vglun/lun",
+    "span": "vgspan/span",
+    "root": "vgroot/root",
+}
 
 
 def as_raw(disks: Mapping[str, Path], scratch: Path) -> dict[str, Path]:
@@ -34,23 +41,28 @@ def filesystems(raw: Mapping[str, Path], scratch: Path) -> dict[str, Path]:
     return found
 
 
-def last_records(images: Mapping[str, Path]) -> dict[str, int]:
-    """Volume -> number of the last record of its log. No record may be torn."""
+def logs(images: Mapping[str, Path]) -> dict[str, writer.Log]:
+    """Volume -> what its log says, in the order in which the writer writes them. Nothing may be torn, and each churn
+    file must be exactly as its log says."""
     found = {}
-    for name, image in images.items():
-        log = writer.check(volumes.read_file(image, LOGS[name] if name == "root" else "/log"))
-        assert not log.torn, f"{name}: torn record after {log.last}"
-        found[name] = log.last
+    for index, (name, path) in enumerate(LOGS.items()):
+        if name in images:
+            inside = path if name == "root" else "/log"
+            log = writer.check(volumes.read_file(images[name], inside), index)
+            assert not log.torn, f"{name}: torn after record {log.last}"
+            writer.check_churn(volumes.read_file(images[name], inside + ".churn"), log.last)
+            found[name] = log
     return found
 
 
-def judge(disks: Mapping[str, Path], scratch: Path) -> dict[str, int]:
-    """Assert that ``disks`` are at one instant: logs within one record, none torn, filesystems clean without a replay."""
+def judge(disks: Mapping[str, Path], scratch: Path) -> dict[str, writer.Log]:
+    """Assert that ``disks`` are at one instant: logs within one record, none torn, filesystems clean without a
+    replay."""
     images = filesystems(as_raw(disks, scratch), scratch)
     assert set(images) == set(LOGS)
     for name, image in images.items():
         assert not volumes.needs_recovery(image), f"{name} was not frozen at T1"
         volumes.check_filesystem(image)
-    records = last_records(images)
-    assert max(records.values()) - min(records.values()) <= 1, f"not one instant: {records}"
-    return records
+    found = logs(images)
+    writer.check_together(found)
+    return found

@@ -1,4 +1,5 @@
-"""The daemon under test as users meet it: a process of its own on the lab's bus, driven by ``vmbackupctl`` processes."""
+"""The daemon under test as users meet it: a process of its own on the lab's bus, driven by ``vmbackupctl``
+processes."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class CommandError(AssertionError):
 
 
 class Service:
-    """``with Service(lab, directory)``: a running daemon with a repository; ``ctl("backup", "plain")`` returns its JSON."""
+    """``with Service(lab, directory)``: a running daemon with a repository; ``ctl("backup", "plain")`` returns its
+    JSON."""
 
     def __init__(self, lab: Lab, directory: Path, **settings: str) -> None:
         self.lab, self.directory = lab, directory
@@ -66,8 +68,21 @@ class Service:
         environment = dict(os.environ, NOTIFY_SOCKET=path, **{VARIABLE: faultpoints})
         with self.log.open("ab") as log, ready:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "vmbackupd", "--config", str(self.config), "--bus-address", self.lab.bus_address],
-                cwd=Path(__file__).parent.parent.parent, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+                [
+                    sys.executable,
+                    "-m",
+                    "vmbackupd",
+                    "--config",
+                    str(self.config),
+                    "--bus-address",
+                    self.lab.bus_address,
+                ],
+                cwd=Path(__file__).parent.parent.parent,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+            )
             while b"READY=1" not in ready.recv(4096):
                 assert self.process.poll() is None, self.tail()
 
@@ -95,16 +110,24 @@ class Service:
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run ``vmbackupctl`` with ``words``."""
-        return subprocess.run([sys.executable, "-m", "vmbackupd.cli", "--bus-address", self.lab.bus_address, *words],
-                              cwd=Path(__file__).parent.parent.parent, capture_output=True, text=True, check=False,
-                              timeout=COMMAND_DEADLINE, stdin=subprocess.DEVNULL)
+        return subprocess.run(
+            [sys.executable, "-m", "vmbackupd.cli", "--bus-address", self.lab.bus_address, *words],
+            cwd=Path(__file__).parent.parent.parent,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=COMMAND_DEADLINE,
+            stdin=subprocess.DEVNULL,
+        )
 
     def ctl(self, *words: str, status: int = 0) -> Any:
         """The JSON that ``vmbackupctl --json`` prints; fails unless it ends with ``status``."""
         done = self.run(*words, "--json")
         if done.returncode != status:
-            raise CommandError(f"vmbackupctl {' '.join(words)} ended with {done.returncode}, expected {status}:\n"
-                               f"{done.stdout}{done.stderr}\ndaemon:\n{self.tail()}")
+            raise CommandError(
+                f"vmbackupctl {' '.join(words)} ended with {done.returncode}, expected {status}:\n"
+                f"{done.stdout}{done.stderr}\ndaemon:\n{self.tail()}"
+            )
         return json.loads(done.stdout) if done.stdout.strip() else None
 
     def fails(self, *words: str) -> tuple[str, str]:

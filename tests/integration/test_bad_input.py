@@ -27,8 +27,10 @@ def test_unknown_vm(service: Service) -> None:
 
 
 def test_vm_that_is_off(lab: Lab, service: Service) -> None:
-    domain = lab.connection.defineXML("<domain type='qemu'><name>off</name><memory unit='MiB'>64</memory>"
-                                      "<os><type arch='x86_64' machine='q35'>hvm</type></os></domain>")
+    domain = lab.connection.defineXML(
+        "<domain type='qemu'><name>off</name><memory unit='MiB'>64</memory>"
+        "<os><type arch='x86_64' machine='q35'>hvm</type></os></domain>"
+    )
     try:
         code, message = service.fails("backup", "off")
         assert code == "NotRunning" and "off" in message
@@ -84,7 +86,9 @@ def test_cow_store_that_overflows(service: Service, plain_guest: Guest, tmp_path
     try:
         job = service.ctl("backup", plain_guest.name, "--no-wait")["job"]
         service.wait_for(tmp_path / "passthrough-copy:begin.reached")
-        plain_guest.exec("dd if=/dev/urandom of=/mnt/data/overflow bs=1M count=16 conv=fsync; rm /mnt/data/overflow; sync")
+        plain_guest.exec(
+            "dd if=/dev/urandom of=/mnt/data/overflow bs=1M count=16 conv=fsync; rm /mnt/data/overflow; sync"
+        )
         (tmp_path / "passthrough-copy:begin.go").touch()
         ended = service.wait_job(job)
         assert ended["state"] == "failed"
@@ -95,7 +99,9 @@ def test_cow_store_that_overflows(service: Service, plain_guest: Guest, tmp_path
     plain_guest.exec("touch /mnt/data/.probe && rm /mnt/data/.probe")  # the guest did not suffer
 
 
-def test_uncovered_volume_fails_the_backup_unless_allowed_by_name(lab: Lab, service: Service, plain_guest: Guest) -> None:
+def test_uncovered_volume_fails_the_backup_unless_allowed_by_name(
+    lab: Lab, service: Service, plain_guest: Guest
+) -> None:
     lun = lab.iscsi.create_lun("plainfs", size=64 << 20)
     plain_guest.login(lun)
     device = plain_guest.device_of(lun)
@@ -114,8 +120,9 @@ def test_uncovered_volume_fails_the_backup_unless_allowed_by_name(lab: Lab, serv
         plain_guest.logout(lun)
 
 
-def test_a_disk_that_appears_between_inspect_and_t1_is_noticed(lab: Lab, service: Service, plain_guest: Guest, tmp_path: Path
-                                                               ) -> None:
+def test_a_disk_that_appears_between_inspect_and_t1_is_noticed(
+    lab: Lab, service: Service, plain_guest: Guest, tmp_path: Path
+) -> None:
     lun = lab.iscsi.create_lun("late", size=64 << 20)
     service.restart(f"prepare:end=pause:{tmp_path}")
     try:

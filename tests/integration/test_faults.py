@@ -15,13 +15,32 @@ from tests.lab.guest import Guest
 pytestmark = pytest.mark.lab
 
 KILLS = [
-    "inspect:channel", "inspect:helper", "prepare:scratch", "prepare:end", "t1-snapshot:prepared", "t1-snapshot:frozen",
-    "t1-snapshot:snapped", "passthrough-copy:one", "t2-snapshot:prepared", "t2-snapshot:taken", "t2-snapshot:released",
-    "vdisk-backup:one", "revert:one", "release:begin", "seal:begin",
+    "inspect:channel",
+    "inspect:helper",
+    "prepare:scratch",
+    "prepare:end",
+    "t1-snapshot:prepared",
+    "t1-snapshot:frozen",
+    "t1-snapshot:snapped",
+    "passthrough-copy:one",
+    "t2-snapshot:prepared",
+    "t2-snapshot:taken",
+    "t2-snapshot:released",
+    "vdisk-backup:one",
+    "revert:one",
+    "release:begin",
+    "seal:begin",
 ]
 CANCELS = [
-    "inspect:helper", "prepare:channel", "t1-snapshot:frozen", "passthrough-copy:begin", "t2-snapshot:taken",
-    "vdisk-backup:begin", "revert:begin", "release:begin", "seal:begin",
+    "inspect:helper",
+    "prepare:channel",
+    "t1-snapshot:frozen",
+    "passthrough-copy:begin",
+    "t2-snapshot:taken",
+    "vdisk-backup:begin",
+    "revert:begin",
+    "release:begin",
+    "seal:begin",
 ]
 
 
@@ -37,8 +56,11 @@ class State:
 
     @classmethod
     def of(cls, lab: Lab, guest: Guest, service: Service) -> State:
-        files = {str(path.relative_to(lab.dir)) for path in lab.dir.rglob("*")
-                 if path.suffix in (".qcow2", ".t2") or ".qcow2." in path.name or "scratch" in path.name}
+        files = {
+            str(path.relative_to(lab.dir))
+            for path in lab.dir.rglob("*")
+            if path.suffix in (".qcow2", ".t2") or ".qcow2." in path.name or "scratch" in path.name
+        }
         files |= {str(path) for path in service.scratch.glob("*")} if service.scratch.exists() else set()
         files |= {path.name for path in (service.state / "journal").glob("*")}
         return cls(
@@ -46,7 +68,8 @@ class State:
             guest.exec("ls /sys/block /dev/virtio-ports /run/udev/rules.d 2>/dev/null").decode(),
             "\n".join(line for line in guest.domain_xml.splitlines() if "<source" in line or "org.vmbackupd" in line),
             frozenset(files),
-            guest.exec("ps -eo args= | grep -v 'ps -eo' | grep -e vmbackupd- -e 'vmbackupd\\.pyz' || true").decode())
+            guest.exec("ps -eo args= | grep -v 'ps -eo' | grep -e vmbackupd- -e 'vmbackupd\\.pyz' || true").decode(),
+        )
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +117,9 @@ def test_failed_job_undoes_what_it_did(service: Service, plain_guest: Guest, poi
     assert point in message
 
 
-def test_a_freeze_over_its_budget_is_ended_and_fails_with_the_figure(service: Service, plain_guest: Guest, tmp_path: Path) -> None:
+def test_a_freeze_over_its_budget_is_ended_and_fails_with_the_figure(
+    service: Service, plain_guest: Guest, tmp_path: Path
+) -> None:
     service.restart(f"t1-snapshot:frozen=pause:{tmp_path}")
     code, message = service.fails("backup", plain_guest.name, "--freeze-budget", "3")
     (tmp_path / "t1-snapshot:frozen.go").touch()

@@ -21,18 +21,19 @@ def main(words: list[str]) -> int:
     with contextlib.suppress(KeyboardInterrupt), Lab() as lab:
         with timed(f"guest {kind} is up"):
             guest = lab.start_guest(kind)
-        print(
-            f"directory   {lab.dir}\nlibvirt     {lab.libvirt_uri}\nbus         {lab.bus_address}\niscsi       {lab.iscsi.portal}"
-        )
-        print(
-            f"domain      {guest.name} {guest.uuid}\nconsole     {guest.console_path}\nkvm         {'yes' if lab.kvm else 'no'}"
-        )
+        facts = {"directory": lab.dir, "libvirt": lab.libvirt_uri, "bus": lab.bus_address, "iscsi": lab.iscsi.portal}
+        facts |= {
+            "domain": f"{guest.name} {guest.uuid}",
+            "console": guest.console_path,
+            "kvm": "yes" if lab.kvm else "no",
+        }
+        for name, fact in facts.items():
+            print(f"{name:<12}{fact}")
         print("a line is run in the guest; end with Ctrl-D", flush=True)
         for line in sys.stdin:
             if line.strip():
-                sys.stdout.write(
-                    guest.exec(f"({line.strip()}) 2>&1", check=False, timeout=600).decode(errors="replace")
-                )
+                out = guest.exec(f"({line.strip()}) 2>&1", check=False, timeout=600)
+                sys.stdout.write(out.decode(errors="replace"))
                 sys.stdout.flush()
     return 0
 

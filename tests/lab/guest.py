@@ -40,9 +40,8 @@ class CommandFailed(Exception):
 
     def __init__(self, command: object, status: int, out: bytes, err: bytes) -> None:
         self.status, self.out, self.err = status, out, err
-        super().__init__(
-            f"{command!r} ended with {status}: {err.decode(errors='replace')[-2000:]}{out.decode(errors='replace')[-2000:]}"
-        )
+        said = (err[-2000:] + out[-2000:]).decode(errors="replace")
+        super().__init__(f"{command!r} ended with {status}: {said}")
 
 
 def domain_xml(
@@ -58,9 +57,12 @@ def domain_xml(
     memory: int = 640,
     vcpus: int = 2,
 ) -> str:
-    """The XML of a lab guest. ``disks``: (target, qcow2 file, serial); ``luns`` become ``device='lun'`` disks sda...; memory in MiB."""
+    """The XML of a lab guest. ``disks``: (target, qcow2 file, serial); ``luns`` become ``device='lun'`` disks sda...;
+    memory in MiB.
+    """
     parts = [
-        f"<domain type='{'kvm' if kvm else 'qemu'}'><name>{name}</name><memory unit='MiB'>{memory}</memory><vcpu>{vcpus}</vcpu>",
+        f"<domain type='{'kvm' if kvm else 'qemu'}'><name>{name}</name>",
+        f"<memory unit='MiB'>{memory}</memory><vcpu>{vcpus}</vcpu>",
         "<os><type arch='x86_64' machine='q35'>hvm</type>",
         f"<kernel>{kernel}</kernel><initrd>{initrd}</initrd><cmdline>{cmdline}</cmdline></os>",
         "<features><acpi/></features>",
@@ -69,8 +71,9 @@ def domain_xml(
     ]
     for target, path, serial in disks:
         parts.append(
-            f"<disk type='file' device='disk'><driver name='qemu' type='qcow2' discard='unmap'/><source file={quoteattr(str(path))}/>"
-            f"<target dev='{target}' bus='virtio'/><serial>{serial}</serial></disk>"
+            "<disk type='file' device='disk'><driver name='qemu' type='qcow2' discard='unmap'/>"
+            f"<source file={quoteattr(str(path))}/><target dev='{target}' bus='virtio'/>"
+            f"<serial>{serial}</serial></disk>"
         )
     for number, lun in enumerate(luns):
         host, port = lun.portal.split(":")
@@ -103,7 +106,9 @@ class LabAgent:
         self._numbers = itertools.count(1)
 
     def call(self, command: str, timeout: float = 30.0, **arguments: Any) -> Any:
-        """The agent's ``return``. Raises LabError on its ``error`` and when there is no answer within ``timeout`` seconds."""
+        """The agent's ``return``. Raises LabError on its ``error`` and when there is no answer within ``timeout``
+        seconds.
+        """
         with self._lock:
             end = time.monotonic() + timeout
             if self._socket is None:
@@ -188,7 +193,9 @@ class Guest:
         raise LabError(f"{self.name} has no channel {name}")
 
     def wait_agent(self, timeout: float = READY_TIMEOUT) -> None:
-        """Wait until the lab's storage is mounted in the guest and libvirt's agent answers. Raises LabError with the console's end."""
+        """Wait until the lab's storage is mounted in the guest and libvirt's agent answers. Raises LabError with the
+        console's end.
+        """
         end = time.monotonic() + timeout
         try:
             self._lab_agent().call("guest-ping", timeout=timeout)
@@ -229,7 +236,8 @@ class Guest:
     ) -> bytes:
         """Run a shell string or an argument list in the guest, as root; its standard output (at most 16 MiB).
 
-        Works also while the official agent is frozen, restricted or busy. Raises CommandFailed (unless ``check`` is False), LabError.
+        Works also while the official agent is frozen, restricted or busy. Raises CommandFailed (unless ``check`` is
+        False), LabError.
         """
         argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
         end = time.monotonic() + timeout
@@ -271,10 +279,9 @@ class Guest:
         return [line.split()[0] for line in text.splitlines()]
 
     def restrict_agent(self, commands: Sequence[str]) -> None:
-        """Restart the official agent so that it refuses ``commands``, as RHEL's does with guest-exec; ``()`` lifts it."""
-        self.write_file(
-            "/run/qemu-ga.env", f"QEMU_GA_OPTIONS={'-b' + ','.join(commands) if commands else ''}\n".encode()
-        )
+        """Restart the official agent so that it refuses ``commands``, as RHEL's does guest-exec; ``()`` lifts it."""
+        options = "-b" + ",".join(commands) if commands else ""
+        self.write_file("/run/qemu-ga.env", f"QEMU_GA_OPTIONS={options}\n".encode())
         self.exec("systemctl restart qemu-guest-agent")
         until(self._answers, 30, "guest agent answers after its restart", 0.1)
 
@@ -297,6 +304,18 @@ class Guest:
             yield
         finally:
             self.exec(f"mv /usr/bin/python3.hidden /usr/bin/python3 && mv {binary}.hidden {binary}")
+
+    def login(self, lun: Lun, timeout: float = 60.0) -> str:
+        """Let the guest's initiator log in to a LUN's target; the device (``/dev/sdX``)."""
+        node = f"iscsiadm -m node -T {lun.iqn} -p {lun.portal_guest}"
+        path = f"/dev/disk/by-path/ip-{lun.portal_guest}-iscsi-{lun.iqn}-lun-{lun.lun}"
+        self.exec(f"{node} -o new && {node} --login && until [ -e {path} ]; do sleep 0.1; done", timeout=timeout)
+        return self.exec(["readlink", "-f", path]).decode().strip()
+
+    def logout(self, lun: Lun) -> None:
+        """Undo ``login``; what was mounted from there must be unmounted."""
+        node = f"iscsiadm -m node -T {lun.iqn} -p {lun.portal_guest}"
+        self.exec(f"{node} --logout && {node} -o delete")
 
     def shutdown(self, timeout: float = 120.0) -> None:
         """Power off cleanly from within and wait until the domain is off."""

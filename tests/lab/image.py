@@ -1,7 +1,8 @@
 """Builds the disks that lab guests start from, once, and keeps them in a cache.
 
-The root is a Debian 12 made by mmdebstrap and packed by ``mkfs.ext4 -d``; volume groups are made by a throw-away boot (the host's kernel
-may lack device-mapper and loop devices); filesystems are put where the LVM metadata says. Nothing is mounted on the host.
+The root is a Debian 12 made by mmdebstrap and packed by ``mkfs.ext4 -d``; volume groups are made by a throw-away boot
+(the host's kernel may lack device-mapper and loop devices); filesystems are put where the LVM metadata says. Nothing is
+mounted on the host.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,32 +28,37 @@ HERE = Path(__file__).parent
 FORMAT = 2
 """Raised when this file changes what an image holds in a way that its recipe does not show."""
 
-PACKAGES = (
-    "systemd-sysv udev kmod iproute2 e2fsprogs lvm2 open-iscsi qemu-guest-agent python3 "
-    "initramfs-tools linux-image-cloud-amd64"
-).split()
-MODULES_DROPPED = (
-    "drivers/gpu drivers/infiniband drivers/net/ethernet drivers/net/wireless drivers/hwmon drivers/media drivers/usb drivers/iio "
-    "drivers/target drivers/staging fs/btrfs fs/ocfs2 fs/gfs2 fs/nfs fs/nfsd fs/ceph fs/smb fs/cifs fs/jfs fs/ntfs3 fs/reiserfs fs/f2fs "
-    "fs/xfs fs/ubifs fs/afs fs/dlm net/wireless net/mac80211 net/bluetooth net/sctp net/openvswitch net/ceph net/sunrpc net/tipc net/batman-adv sound"
-).split()
-DIRECTORIES_DROPPED = (
-    "boot usr/share/doc usr/share/man usr/share/locale usr/share/info usr/share/lintian usr/share/zoneinfo usr/share/bash-completion "
-    "usr/share/perl usr/lib/x86_64-linux-gnu/perl usr/lib/x86_64-linux-gnu/gconv usr/lib/udev/hwdb.d usr/lib/udev/hwdb.bin "
-    "var/cache/apt var/lib/apt/lists var/cache/debconf"
-).split()
-MASKED = (
-    "systemd-logind.service getty.target console-getty.service getty-static.service serial-getty@ttyS0.service "
-    "systemd-journal-flush.service systemd-random-seed.service systemd-update-utmp.service systemd-update-utmp-runlevel.service "
-    "systemd-user-sessions.service systemd-firstboot.service systemd-machine-id-commit.service systemd-pstore.service "
-    "systemd-repart.service systemd-binfmt.service systemd-pcrphase.service systemd-pcrphase-sysinit.service "
-    "systemd-pcrphase-initrd.service systemd-sysusers.service systemd-ask-password-wall.path systemd-ask-password-console.path "
-    "proc-sys-fs-binfmt_misc.automount sys-kernel-config.mount sys-kernel-debug.mount dev-hugepages.mount dev-mqueue.mount "
-    "sys-fs-fuse-connections.mount systemd-tmpfiles-clean.timer apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer "
-    "e2scrub_all.timer e2scrub_reap.service fstrim.timer lvm2-monitor.service dm-event.socket lvm2-lvmpolld.socket "
-    "blk-availability.service open-iscsi.service iscsi.service cryptsetup.target integritysetup.target veritysetup.target "
-    "systemd-remount-fs.service modprobe@drm.service"
-).split()
+UNUSED = 14 * 86400
+"""Seconds after which images of other recipes, unused, are dropped when new ones are built."""
+PACKAGES = """
+    systemd-sysv udev kmod iproute2 e2fsprogs lvm2 open-iscsi qemu-guest-agent python3 initramfs-tools
+    linux-image-cloud-amd64
+""".split()  # noqa: SIM905 - a list of words
+MODULES_DROPPED = """
+    drivers/gpu drivers/infiniband drivers/net/ethernet drivers/net/wireless drivers/hwmon drivers/media
+    drivers/usb drivers/iio drivers/target drivers/staging fs/btrfs fs/ocfs2 fs/gfs2 fs/nfs fs/nfsd fs/ceph
+    fs/smb fs/cifs fs/jfs fs/ntfs3 fs/reiserfs fs/f2fs fs/xfs fs/ubifs fs/afs fs/dlm net/wireless net/mac80211
+    net/bluetooth net/sctp net/openvswitch net/ceph net/sunrpc net/tipc net/batman-adv sound
+""".split()  # noqa: SIM905 - a list of words
+DIRECTORIES_DROPPED = """
+    boot usr/share/doc usr/share/man usr/share/locale usr/share/info usr/share/lintian usr/share/zoneinfo
+    usr/share/bash-completion usr/share/perl usr/lib/x86_64-linux-gnu/perl usr/lib/x86_64-linux-gnu/gconv
+    usr/lib/udev/hwdb.d usr/lib/udev/hwdb.bin var/cache/apt var/lib/apt/lists var/cache/debconf
+""".split()  # noqa: SIM905 - a list of words
+MASKED = """
+    systemd-logind.service getty.target console-getty.service getty-static.service serial-getty@ttyS0.service
+    systemd-journal-flush.service systemd-random-seed.service systemd-update-utmp.service
+    systemd-update-utmp-runlevel.service systemd-user-sessions.service systemd-firstboot.service
+    systemd-machine-id-commit.service systemd-pstore.service systemd-repart.service systemd-binfmt.service
+    systemd-pcrphase.service systemd-pcrphase-sysinit.service systemd-pcrphase-initrd.service
+    systemd-sysusers.service systemd-ask-password-wall.path systemd-ask-password-console.path
+    proc-sys-fs-binfmt_misc.automount sys-kernel-config.mount sys-kernel-debug.mount dev-hugepages.mount
+    dev-mqueue.mount sys-fs-fuse-connections.mount systemd-tmpfiles-clean.timer apt-daily.timer
+    apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service fstrim.timer
+    lvm2-monitor.service dm-event.socket lvm2-lvmpolld.socket blk-availability.service open-iscsi.service
+    iscsi.service cryptsetup.target integritysetup.target veritysetup.target systemd-remount-fs.service
+    modprobe@drm.service
+""".split()  # noqa: SIM905 - a list of words
 ROOT_SIZE = 384 * MiB
 DISKS = {
     "root": ROOT_SIZE + 40 * MiB,
@@ -107,6 +114,7 @@ def ensure() -> Images:
     cache = cache_directory()
     final = cache / recipe()
     if (final / "complete").exists():
+        (final / "complete").touch()  # still in use
         return Images(final)
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / "lock", "w") as lock:
@@ -115,8 +123,10 @@ def ensure() -> Images:
             return Images(final)
         began = time.monotonic()
         _say(f"building guest images in {final} (some minutes, once)")
-        for stale in cache.glob("building-*"):  # we hold the lock: nobody builds there
-            shutil.rmtree(stale)
+        stale = [*cache.glob("building-*")]  # we hold the lock: nobody builds there
+        stale += [old.parent for old in cache.glob("*/complete") if time.time() - old.stat().st_mtime > UNUSED]
+        for directory in stale:
+            shutil.rmtree(directory)
         work = Path(tempfile.mkdtemp(prefix="building-", dir=cache))
         try:
             build(work)
@@ -193,7 +203,7 @@ def _sources(work: Path) -> list[Path | str]:
         if path.suffix not in (".list", ".sources") or not path.is_file():
             continue
         text = path.read_text()
-        if "bookworm" in text and "main" in text and "debian" in text and "cloud-sdk" not in text:
+        if re.search(r"^deb .*\sbookworm\s.*\bmain\b|^Suites:.*\bbookworm(?![-\w])", text, re.MULTILINE):
             found.append(path)
     return found or ["deb http://deb.debian.org/debian bookworm main"]
 
@@ -293,9 +303,10 @@ def _provision(work: Path) -> None:
     """Boot once, with lab-provision as init, to make the volume groups."""
     console = work / "provision.log"
     command: list[object] = [
-        "qemu-system-x86_64", "-machine", "q35,accel=tcg", "-cpu", "max", "-m", "512", "-nodefaults", "-display", "none", "-no-reboot",
-        "-serial", f"file:{console}", "-kernel", work / "vmlinuz", "-initrd", work / "initrd",
-        "-append", "console=ttyS0 loglevel=3 root=/dev/vda rw mitigations=off panic=-1 init=/usr/local/sbin/lab-provision",
+        "qemu-system-x86_64", "-machine", "q35,accel=tcg", "-cpu", "max", "-m", "512", "-nodefaults", "-no-reboot",
+        "-display", "none", "-serial", f"file:{console}", "-kernel", work / "vmlinuz", "-initrd", work / "initrd",
+        "-append",
+        "console=ttyS0 loglevel=3 root=/dev/vda rw mitigations=off panic=-1 init=/usr/local/sbin/lab-provision",
     ]  # fmt: skip
     for name in ("plain", *DISKS):
         command += [
@@ -315,7 +326,7 @@ def _provision(work: Path) -> None:
 
 def _run(*argv: object, timeout: float | None = None) -> None:
     words = [str(word) for word in argv]
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(words, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
     if done.returncode != 0:
         raise ImageError(f"{' '.join(words)}: exit status {done.returncode}\n{(done.stdout + done.stderr)[-4000:]}")
 

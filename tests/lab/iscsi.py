@@ -1,7 +1,7 @@
 """The lab's iSCSI target: tgtd in userspace on 127.0.0.1, with LUNs in sparse raw files.
 
-A guest reaches it through its user-mode network as 10.0.2.2, QEMU's own initiator as 127.0.0.1. Make node records by hand in the guest:
-discovery answers with the address that the target listens on, which is another machine to the guest.
+A guest reaches it through its user-mode network as 10.0.2.2, QEMU's own initiator as 127.0.0.1. Make node records by
+hand in the guest: discovery answers with the address that the target listens on, which is another machine to the guest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ IQN_PREFIX = "iqn.2026-01.org.vmbackupd.lab"
 
 @dataclass(frozen=True)
 class Lun:
-    """A LUN: ``path`` is the raw file behind it, ``portal`` its address on the host and ``portal_guest`` in a guest (``host:port``)."""
+    """A LUN: ``path`` is the raw file behind it, ``portal`` its address on the host and ``portal_guest`` in a guest
+    (``host:port``).
+    """
 
     iqn: str
     lun: int
@@ -39,6 +41,7 @@ class IscsiTarget:
 
     def __init__(self, processes: Processes, directory: Path) -> None:
         self._directory = directory
+        self._processes = processes
         self._environment = {"TGT_IPC_SOCKET": str(directory / "tgt")}
         self._targets: dict[str, int] = {}
         self._luns: dict[str, list[Lun]] = {}
@@ -50,9 +53,14 @@ class IscsiTarget:
         processes.start("tgtd", ["tgtd", "-f", "-C", "0", "--iscsi", f"portal={self.portal}"], self._environment)
         processes.ready("tgtd", self._answers)
 
+    def close(self) -> None:
+        """End tgtd. It takes no notice of SIGTERM while it has targets."""
+        self._processes.stop("tgtd", timeout=0)
+
     def _answers(self) -> bool:
         done = subprocess.run(
-            ["tgtadm", "-C", "0", "--mode", "system", "--op", "show"],
+            check=False,
+            args=["tgtadm", "-C", "0", "--mode", "system", "--op", "show"],
             env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **self._environment},
             capture_output=True,
         )
@@ -61,7 +69,8 @@ class IscsiTarget:
     def admin(self, *words: str) -> str:
         """Run tgtadm; its output. Raises LabError with its message."""
         done = subprocess.run(
-            ["tgtadm", "-C", "0", "--lld", "iscsi", *words],
+            check=False,
+            args=["tgtadm", "-C", "0", "--lld", "iscsi", *words],
             env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **self._environment},
             capture_output=True,
             text=True,
@@ -73,9 +82,11 @@ class IscsiTarget:
     def create_lun(
         self, name: str, *, size: int | None = None, source: Path | None = None, target: str | None = None
     ) -> Lun:
-        """A new LUN ``name`` of ``size`` bytes, empty, or with a copy of the raw image ``source`` (grown to ``size`` if given).
+        """A new LUN ``name`` of ``size`` bytes, empty, or with a copy of the raw image ``source`` (grown to ``size`` if
+        given).
 
-        ``target`` names the target (after the IQN's colon) and defaults to ``name``; LUNs of one target are numbered from 1.
+        ``target`` names the target (after the IQN's colon) and defaults to ``name``; LUNs of one target are numbered
+        from 1.
         """
         iqn = f"{IQN_PREFIX}:{target or name}"
         path = self._directory / f"lun-{name}.raw"
@@ -89,10 +100,10 @@ class IscsiTarget:
             with open(path, "r+b") as file:
                 file.truncate(size)
         if iqn not in self._targets:
-            tid = max(self._targets.values(), default=0) + 1
-            self.admin("--mode", "target", "--op", "new", "--tid", str(tid), "-T", iqn)
-            self.admin("--mode", "target", "--op", "bind", "--tid", str(tid), "-I", "ALL")
-            self._targets[iqn], self._luns[iqn] = tid, []
+            fresh = str(max(self._targets.values(), default=0) + 1)
+            self.admin("--mode", "target", "--op", "new", "--tid", fresh, "-T", iqn)
+            self.admin("--mode", "target", "--op", "bind", "--tid", fresh, "-I", "ALL")
+            self._targets[iqn], self._luns[iqn] = int(fresh), []
         tid, number = str(self._targets[iqn]), max((lun.lun for lun in self._luns[iqn]), default=0) + 1
         self.admin("--mode", "logicalunit", "--op", "new", "--tid", tid, "--lun", str(number), "-b", str(path))
         serial = f"lab-{name}"

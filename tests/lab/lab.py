@@ -38,10 +38,10 @@ UNDEFINE = (
 class Lab:
     """``with Lab() as lab``: everything it started is gone at the end, also after a failure, a SIGINT or a SIGKILL.
 
-    ``dir`` holds all files (short path), ``bus_address`` and ``libvirt_uri`` are for the daemon under test, ``iscsi`` makes LUNs, ``processes``
-    starts programs that shall not outlive the lab. Environment: VMBACKUPD_LAB_DIR (parent of ``dir``), VMBACKUPD_LAB_CACHE,
-    VMBACKUPD_LAB_KVM (0 or 1 instead of trying), VMBACKUPD_LAB_KEEP (leave ``dir`` behind).
-    One lab at a time runs on a machine; a second one waits.
+    ``dir`` holds all files (short path), ``bus_address`` and ``libvirt_uri`` are for the daemon under test, ``iscsi``
+    makes LUNs, ``processes`` starts programs that shall not outlive the lab. Environment: VMBACKUPD_LAB_DIR (parent of
+    ``dir``), VMBACKUPD_LAB_CACHE, VMBACKUPD_LAB_KVM (0 or 1 instead of trying), VMBACKUPD_LAB_KEEP (leave ``dir``
+    behind). One lab at a time runs on a machine; a second one waits.
     """
 
     dir: Path
@@ -100,6 +100,8 @@ class Lab:
                     error = kept(error, guest.close)
                 error = kept(error, self._remove_domains)
                 error = kept(error, self.connection.close)
+            if hasattr(self, "iscsi"):
+                error = kept(error, self.iscsi.close)
             error = kept(error, self.processes.close)
         if self._lock is not None:
             os.close(self._lock)
@@ -131,10 +133,12 @@ class Lab:
     def start_guest(
         self, kind: str = "plain", name: str | None = None, *, cmdline: str = "", wait: bool = True
     ) -> Guest:
-        """Boot a new guest: ``plain`` (ext4 root on the whole of vda) or ``lvm`` (root on LVM). Waits for agent and mounts.
+        """Boot a new guest: ``plain`` (ext4 root on the whole of vda) or ``lvm`` (root on LVM). Waits for agent and
+        mounts.
 
-        vda root, vdb VG vgdata, vdc one half of VG vgspan, sda (``device='lun'``) VG vglun; over its own iSCSI initiator VG vgiscsi and the
-        other half of vgspan. ``cmdline`` is added to the kernel's (``vmbk.agent=noexec``: the agent refuses guest-exec).
+        vda root, vdb VG vgdata, vdc one half of VG vgspan, sda (``device='lun'``) VG vglun; over its own iSCSI
+        initiator VG vgiscsi and the other half of vgspan. ``cmdline`` is added to the kernel's (``vmbk.agent=noexec``:
+        the agent refuses guest-exec).
         """
         if kind not in ("plain", "lvm"):
             raise ValueError(f"kind {kind!r}: 'plain' or 'lvm'")
@@ -180,8 +184,9 @@ class Lab:
     ) -> Guest:
         """Boot a domain that something else defined in the lab's libvirtd (a restored lab guest), and wait for it.
 
-        ``iqns``: the targets that the guest's initiator shall log in to, instead of those of the original; ``lun``: what ``sda`` shall be. Both
-        keep a copy from writing to the original's LUNs. The console goes to a file of its own.
+        ``iqns``: the targets that the guest's initiator shall log in to, instead of those of the original; ``lun``:
+        what ``sda`` shall be. Both keep a copy from writing to the original's LUNs. The console goes to a file of its
+        own.
         """
         root = ElementTree.fromstring(
             self.connection.lookupByName(name).XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)
@@ -240,7 +245,9 @@ def _directory() -> Path:
 
 
 def _usable_kvm(images: image.Images) -> bool:
-    """Whether KVM really boots a guest here (a /dev/kvm may exist and not). The answer is kept until the host boots again."""
+    """Whether KVM really boots a guest here (a /dev/kvm may exist and not). The answer is kept until the host boots
+    again.
+    """
     given = os.environ.get("VMBACKUPD_LAB_KVM")
     if given in ("0", "1"):
         return given == "1"
@@ -251,26 +258,13 @@ def _usable_kvm(images: image.Images) -> bool:
     if known.exists():
         return known.read_text() == "yes"
     command = [
-        "qemu-system-x86_64",
-        "-machine",
-        "q35,accel=kvm",
-        "-cpu",
-        "host",
-        "-m",
-        "512",
-        "-nodefaults",
-        "-display",
-        "none",
-        "-no-reboot",
-    ]
-    command += ["-serial", "stdio", "-kernel", str(images.kernel), "-initrd", str(images.initrd)]
-    command += [
-        "-append",
-        "console=ttyS0 panic=-1 rdinit=/no/such",
-    ]  # reaches "Kernel panic" when the kernel is up, then ends
+        "qemu-system-x86_64", "-machine", "q35,accel=kvm", "-cpu", "host", "-m", "512", "-nodefaults", "-no-reboot",
+        "-display", "none", "-serial", "stdio", "-kernel", str(images.kernel), "-initrd", str(images.initrd),
+        "-append", "console=ttyS0 panic=-1 rdinit=/no/such root=/no/such",
+    ]  # fmt: skip
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=20)
-        usable = b"Kernel panic" in done.stdout
+        done = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True, timeout=20)
+        usable = b"Kernel panic" in done.stdout  # that far the kernel has come up
     except (subprocess.TimeoutExpired, OSError):
         usable = False
     for stale in known.parent.glob("kvm-*"):

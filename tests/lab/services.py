@@ -1,8 +1,8 @@
 """The host side of a lab: a bus, a libvirtd and an iSCSI target of its own, all below one directory.
 
-libvirtd runs in a user namespace in which root has another name. To libvirt it is then an unprivileged session daemon, whose every path
-lies below the XDG directories that we give it; to the host its processes are still root's, so that they open what the tests create.
-Paths are the same for everybody: no mount namespace.
+libvirtd runs in a user namespace in which root has another name. To libvirt it is then an unprivileged session daemon,
+whose every path lies below the XDG directories that we give it; to the host its processes are still root's, so that
+they open what the tests create. Paths are the same for everybody: no mount namespace.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class LabError(Exception):
 
 
 def until(done: Callable[[], Any], seconds: float, what: str, interval: float = 0.05) -> Any:
-    """Poll ``done`` until it returns something true and return that. Raises LabError naming ``what`` after ``seconds``."""
+    """Poll ``done`` until it returns something true and return that. LabError naming ``what`` after ``seconds``."""
     end = time.monotonic() + seconds
     while True:
         result = done()
@@ -63,7 +63,7 @@ def kept(error: Exception | None, close: Callable[[], object]) -> Exception | No
     """Run ``close``; the first error of a row of clean-ups, so that later ones neither hide it nor are skipped."""
     try:
         close()
-    except Exception as later:  # noqa: BLE001 - returned, and raised by the caller in the end
+    except Exception as later:
         return error or later
     return error
 
@@ -183,7 +183,7 @@ def start_libvirt(processes: Processes, directory: Path) -> str:
         "XDG_CACHE_HOME": str(cache_directory() / "libvirt"),  # what libvirt learns of QEMU by running it: seconds
         "XDG_DATA_HOME": str(directory / "data"),
     }
-    argv = [
+    argv: list[str | Path] = [
         "unshare",
         "--user",
         "--map-user=1",

@@ -1,11 +1,12 @@
 """Holds every process of a lab so that none outlives it, not even when the test process is killed.
 
-A process of its own: it is the subreaper of all it starts (also of the QEMU processes that libvirtd detaches), takes orders as JSON lines
-on standard input, answers on standard output, and when standard input ends it ends its whole family and removes the lab's directory.
+A process of its own: it is the subreaper of all it starts (also of the QEMU processes that libvirtd detaches), takes
+orders as JSON lines on standard input, answers on standard output, and when standard input ends it ends its whole
+family and removes the lab's directory.
 
-    {"start": NAME, "argv": [...], "env": {...}, "log": PATH}  → {"pid": N}
-    {"stop": NAME, "timeout": SECONDS}                          → {"status": N}     SIGTERM, then SIGKILL; negative: signal
-    {"status": NAME}                                            → {"status": N|null}
+    {"start": NAME, "argv": [...], "env": {...}, "log": PATH} → {"pid": N}
+    {"stop": NAME, "timeout": SECONDS}                         → {"status": N}   SIGTERM, then SIGKILL; negative: signal
+    {"status": NAME}                                           → {"status": N|null}
 Standard library only; run as a script.
 """
 
@@ -22,7 +23,7 @@ import time
 from typing import Any
 
 PR_SET_CHILD_SUBREAPER = 36
-GRACE = 5.0
+GRACE = 2.0
 """Seconds between SIGTERM and SIGKILL at the end."""
 
 
@@ -124,7 +125,7 @@ def main(directory: str) -> None:
         for line in sys.stdin:
             try:
                 answer = supervisor.order(json.loads(line))
-            except Exception as error:  # noqa: BLE001 - told to the one who ordered
+            except Exception as error:
                 answer = {"error": f"{type(error).__name__}: {error}"}
             print(json.dumps(answer), flush=True)
     except BrokenPipeError:

@@ -1,4 +1,5 @@
-"""Reads logical volumes and their files out of raw disk images on the host: no mount, no kernel, nothing of the project's code.
+"""Reads logical volumes and their files out of raw disk images on the host: no mount, no kernel, nothing of the
+project's code.
 
 This is the oracle that restored images are held against, so it stays independent of what it judges.
 """
@@ -19,7 +20,7 @@ SECTOR = 512
 
 
 class VolumeError(Exception):
-    """An image does not hold what it should: no LVM metadata, an unknown volume, or a filesystem that fails its check."""
+    """An image does not hold what it should: no LVM metadata, an unknown volume, a filesystem that fails its check."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,9 @@ def parse(text: str) -> dict[str, Value]:
 
 
 def logical_volumes(images: Iterable[Path]) -> dict[str, LogicalVolume]:
-    """Every linear or striped volume on the given raw images, by ``vg/lv``. Volumes with a missing PV or of other types are left out."""
+    """Every linear or striped volume on the given raw images, by ``vg/lv``. Volumes with a missing PV or of other types
+    are left out.
+    """
     newest: dict[str, tuple[int, dict[str, Value]]] = {}
     where: dict[str, Path] = {}
     for path in images:
@@ -243,10 +246,14 @@ def check_filesystem(image: Path, *, replay: bool = False) -> None:
         if replay:
             scratch = image.with_name(image.name + ".replayed")
             subprocess.run(["cp", "--sparse=always", str(image), str(scratch)], check=True)
-            done = subprocess.run(["e2fsck", "-E", "journal_only", "-y", str(scratch)], capture_output=True, text=True)
+            done = subprocess.run(
+                check=False, args=["e2fsck", "-E", "journal_only", "-y", str(scratch)], capture_output=True, text=True
+            )
             if done.returncode not in (0, 1):
                 raise VolumeError(f"{image}: the journal does not replay\n{done.stdout}{done.stderr}")
-        done = subprocess.run(["e2fsck", "-fn", str(scratch or image)], capture_output=True, text=True)
+        done = subprocess.run(
+            check=False, args=["e2fsck", "-fn", str(scratch or image)], capture_output=True, text=True
+        )
         if done.returncode != 0:
             raise VolumeError(f"{image}: e2fsck -fn ended with {done.returncode}\n{done.stdout}{done.stderr}")
     finally:
@@ -266,7 +273,7 @@ def needs_recovery(image: Path) -> bool:
 
 def read_file(image: Path, name: str) -> bytes:
     """The content of file ``name`` (absolute within the filesystem) of a raw ext4 image."""
-    done = subprocess.run(["debugfs", "-R", f"cat {name}", str(image)], capture_output=True)
+    done = subprocess.run(check=False, args=["debugfs", "-R", f"cat {name}", str(image)], capture_output=True)
     if b"File not found" in done.stderr or (done.returncode != 0):
         raise VolumeError(f"{image}: cannot read {name}: {done.stderr.decode(errors='replace')}")
     return done.stdout

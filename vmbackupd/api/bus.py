@@ -42,6 +42,7 @@ class Bus(MessageBus):
         self._outgoing: deque[tuple[Message, asyncio.Future[None]]] = deque()
         self._current: asyncio.Future[Any] | None = None
         self._waiting_fd = -1
+        self._end: asyncio.Task[None] | None = None
 
     def send(self, msg: Message) -> asyncio.Future[None]:  # type: ignore[override]  # as in the class between
         """Send ``msg`` when its turn comes. The future ends when it is written; it is cancelled if it never can be.
@@ -118,6 +119,11 @@ class Bus(MessageBus):
 
     async def gone(self) -> None:
         """Wait until the connection is no more, for whatever reason."""
+        if self._end is None:
+            self._end = asyncio.ensure_future(self._wait_end())
+        await asyncio.shield(self._end)  # who stops waiting must not end it for others
+
+    async def _wait_end(self) -> None:
         try:
             await self.wait_for_disconnect()  # type: ignore[no-untyped-call]
         except (OSError, EOFError, DBusError) as error:

@@ -11,7 +11,7 @@ from vmbackupd.api.authorise import Authority
 from vmbackupd.api.exposed import Exposed, exposed_method, exposed_property, exposed_signal
 from vmbackupd.api.marshal import JOB_PROPERTIES, NO_OPTIONS, read_options
 from vmbackupd.api.names import JOB
-from vmbackupd.job.job import Job
+from vmbackupd.job.manager import Job
 
 
 class JobObject(Exposed):

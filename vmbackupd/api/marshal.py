@@ -12,7 +12,7 @@ from dbus_fast import DBusError, Variant
 
 from vmbackupd.api.names import ERROR_PREFIX
 from vmbackupd.errors import BackupError, InvalidArgument
-from vmbackupd.job.job import Job
+from vmbackupd.job.manager import Job
 from vmbackupd.job.options import BackupOptions, RestoreOptions
 from vmbackupd.model import RevertMode
 

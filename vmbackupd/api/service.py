@@ -12,8 +12,7 @@ from vmbackupd.api.exposed import remember_sender
 from vmbackupd.api.job_object import JobObject
 from vmbackupd.api.manager_object import ManagerObject
 from vmbackupd.api.names import BUS_NAME, ROOT, job_path
-from vmbackupd.job.job import Job
-from vmbackupd.job.manager import JobManager
+from vmbackupd.job.manager import Job, JobManager
 
 
 class Service:

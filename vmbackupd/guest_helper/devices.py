@@ -93,7 +93,7 @@ def _device(name: str) -> Optional[Device]:
     whole = os.path.dirname(os.path.realpath(base)) if part else base
     udev = _udev(devno)
     hardware = os.path.realpath(os.path.join(whole, "device")) if os.path.exists(os.path.join(whole, "device")) else ""
-    device = {
+    device: Device = {
         "name": clip(name.replace("!", "/"), 255), "devno": devno, "type": _type(name, part, hardware),
         "size": _number(os.path.join(base, "size")) * SECTOR,
         "logical_block": _number(os.path.join(whole, "queue/logical_block_size")) or SECTOR,
@@ -105,7 +105,7 @@ def _device(name: str) -> Optional[Device]:
         "backing": clip(read(os.path.join(base, "loop/backing_file")), 4096) or None,
         "dm": None, "fstype": clip(udev.get("ID_FS_TYPE", ""), 64) or None,
         "fsuuid": clip(udev.get("ID_FS_UUID", ""), 128) or None, "mounts": [], "swap": False,
-    }  # type: Device
+    }
     device.update(_identity(whole, hardware, udev))
     device.update(_address(hardware))
     return device
@@ -129,13 +129,13 @@ def _identity(whole: str, hardware: str, udev: Dict[str, str]) -> Dict[str, Opti
 
 
 def _wwn(whole: str, hardware: str, udev: Dict[str, str]) -> str:
-    """The world-wide name as udev writes it (``0x6001405...``), with what the kernel knows beyond its first half."""
+    """The world-wide name, lower case and without ``naa.``, ``eui.`` or ``0x``. Others (``t10.``) only name a model."""
     wwid = (read(os.path.join(hardware, "wwid")) if hardware else "") or read(os.path.join(whole, "wwid"))
-    if wwid.startswith("naa."):
-        return "0x" + wwid[4:]
-    if wwid.startswith(("eui.", "uuid.", "nvme.")):
-        return wwid
-    return udev.get("ID_WWN_WITH_EXTENSION", "") or udev.get("ID_WWN", "")
+    for prefix in ("naa.", "eui.", "uuid."):
+        if wwid.startswith(prefix):
+            return wwid[len(prefix):].lower()
+    name = (udev.get("ID_WWN_WITH_EXTENSION", "") or udev.get("ID_WWN", "")).lower()
+    return name[2:] if name.startswith("0x") else name
 
 
 def _vpd_serial(hardware: str) -> str:
@@ -149,7 +149,7 @@ def _vpd_serial(hardware: str) -> str:
 
 def _address(hardware: str) -> Dict[str, Any]:
     """Where the disk is attached: transport, the PCI function nearest to it, SCSI target and unit, iSCSI session."""
-    address = {"transport": "other", "pci": None, "target": None, "unit": None, "iscsi": None}  # type: Dict[str, Any]
+    address: Dict[str, Any] = {"transport": "other", "pci": None, "target": None, "unit": None, "iscsi": None}
     if not hardware:
         return address
     parts = hardware.split("/")

@@ -4,16 +4,17 @@ A request's buffer is used once: the kernel writes name and uuid into it, and re
 are addressed by number, because names may hold anything and udev's nodes lag behind.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
 import struct
 import time
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 from .failures import HelperError
 
-VERSION, LIST_DEVICES, CREATE, REMOVE, SUSPEND, STATUS, LOAD, CLEAR, TABLE, LIST_VERSIONS = 0, 2, 3, 4, 6, 7, 9, 10, 12, 13
+LIST_DEVICES, CREATE, REMOVE, SUSPEND, STATUS, LOAD, CLEAR, TABLE, LIST_VERSIONS = 2, 3, 4, 6, 7, 9, 10, 12, 13
 
 READONLY = 1 << 0
 SUSPENDED = 1 << 1
@@ -90,7 +91,8 @@ def request(number: int = 0, flags: int = 0, name: str = "", uuid: str = "", row
     """The buffer of one ioctl on the device ``number`` (or ``name``, where there is no number yet)."""
     payload = b"".join(_row(row) for row in rows)
     size = max(size, (_HEADER.size + len(payload) + 4095) & ~4095) if payload else size
-    head = _HEADER.pack(4, 0, 0, size, _HEADER.size, len(rows), 0, flags, event, 0, number, name.encode(), uuid.encode())
+    head = _HEADER.pack(4, 0, 0, size, _HEADER.size, len(rows), 0, flags, event, 0, number, name.encode(),
+                        uuid.encode())
     return bytearray((head + payload).ljust(size, b"\0"))
 
 
@@ -116,6 +118,23 @@ class Dm:
 
     def close(self) -> None:
         os.close(self.fd)
+
+    @contextlib.contextmanager
+    def alone(self, seconds: float = 60.0) -> Iterator[None]:
+        """While this lasts no other process of ours is in here: two releases would take devices from under each other."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise HelperError("Busy", "another helper is still cleaning up")
+                time.sleep(0.05)
+        try:
+            yield
+        finally:
+            fcntl.flock(self.fd, fcntl.LOCK_UN)
 
     def call(self, command: int, buffer: bytearray) -> bytearray:
         """One ioctl; ``buffer`` then holds the reply."""
@@ -234,7 +253,7 @@ def _rows(reply: bytearray) -> List[Target]:
 
 
 def _data_start(reply: bytearray) -> int:
-    start = struct.unpack_from("=I", reply, 16)[0]  # type: int
+    start: int = struct.unpack_from("=I", reply, 16)[0]
     return start
 
 

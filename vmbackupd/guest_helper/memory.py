@@ -1,12 +1,13 @@
 """Keeps a process able to run while the root filesystem stands still: nothing of it is ever paged in or out.
 
-Locks are not inherited by a forked child, and after a fork the first write to each page copies it: both sides lock again.
+Locks are not inherited by a forked child, and after a fork the first write to each page copies it: both sides lock
+again.
 """
 
 import ctypes
 import gc
 import signal
-from typing import Callable, Set
+from typing import Set
 
 from .failures import HelperError
 
@@ -56,12 +57,12 @@ class Still:
     wake = signal.SIGUSR1
 
     def __init__(self) -> None:
-        self._before = set()  # type: Set[int]
+        self._before: Set[int] = set()
 
     def __enter__(self) -> None:
         gc.disable()
         every = set(range(1, signal.NSIG)) - {int(self.wake), 32, 33}  # 32 and 33 belong to the C library
-        self._before = signal.pthread_sigmask(signal.SIG_BLOCK, every)  # type: ignore[assignment]
+        self._before = {int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, every)}
 
     def __exit__(self, *_: object) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
@@ -70,5 +71,8 @@ class Still:
 
 def interruptible() -> None:
     """Let ``Still.wake`` interrupt a system call, and do nothing else."""
-    nothing = lambda number, frame: None  # type: Callable[[int, object], None]  # noqa: E731
-    signal.signal(Still.wake, nothing)
+    signal.signal(Still.wake, _nothing)
+
+
+def _nothing(number: int, frame: object) -> None:
+    """SIG_IGN would not interrupt anything."""

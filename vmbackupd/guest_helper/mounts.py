@@ -20,7 +20,8 @@ class Mount(NamedTuple):
 
 def mounts(processes: Optional[Iterable[str]] = None) -> List[Mount]:
     """Every mount of a block device, in every mount namespace: what a container has mounted is written to as well."""
-    found, seen = [], set()  # type: List[Mount], Set[Tuple[str, str]]
+    found: List[Mount] = []
+    seen: Set[Tuple[str, str]] = set()
     for text in _tables(processes):
         for line in text.splitlines():
             for mount in _parse(line):
@@ -37,7 +38,7 @@ def own_mounts() -> List[Mount]:
 
 def swaps() -> Set[str]:
     """Device numbers of swap devices. A swap file is a matter of the filesystem it lies on."""
-    found = set()
+    found: Set[str] = set()
     try:
         with open("/proc/swaps", errors="replace") as file:
             lines = file.read().splitlines()[1:]

@@ -1,4 +1,5 @@
-"""Reads the parameters of a request: the host is more trusted than the guest, but its mistakes must not reach the kernel."""
+"""Reads the parameters of a request: the host is more trusted than the guest, but its mistakes must not reach the
+kernel."""
 
 import re
 from typing import Any, Dict, List

@@ -1,9 +1,9 @@
 """The line to the host: a virtio-serial port, opened by one process, without a dependable end of file.
 
 The kernel (drivers/char/virtio_console.c): ``read`` gives 0 bytes while nobody is connected on the host, ``poll`` then
-says POLLIN and POLLHUP at once; bytes that the host queued before it disconnected stay readable. So every session begins with
-a line ``VMBK1 <32 hex digits>``: everything before it is discarded, and its nonce is sent back. A host that is not
-answered tries again with another nonce and accepts only the answer to its last.
+says POLLIN and POLLHUP at once; bytes that the host queued before it disconnected stay readable. So every session
+begins with a line ``VMBK1 <32 hex digits>``: everything before it is discarded, and its nonce is sent back. A host
+that is not answered tries again with another nonce and accepts only the answer to its last.
 
 A listening socket works like a port: one connection at a time, the next accepted when it has ended.
 """
@@ -46,7 +46,7 @@ class Port:
     or a listening one."""
 
     def __init__(self, descriptor: int) -> None:
-        self._listener = None  # type: Optional[socket.socket]
+        self._listener: Optional[socket.socket] = None
         self._connection = descriptor
         self._ends = False  # whether an end of file is final
         if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
@@ -60,6 +60,7 @@ class Port:
                 opened.close()
         if self._connection >= 0:
             os.set_blocking(self._connection, False)
+        self._lost = False  # a connection of the listener has ended; ``reset`` makes room for the next
         self.buffer = bytearray()
 
     def close(self) -> None:
@@ -75,43 +76,39 @@ class Port:
 
         Raises ``PortClosed`` when nobody is connected (the caller pauses before it looks again).
         """
-        if not self._connected():
-            raise PortClosed
+        self._require_connection()
         self._poll(select.POLLIN, seconds)
         try:
             data = os.read(self._connection, READ_SIZE)
         except BlockingIOError:
             return False
         except OSError as error:
-            self._lost(error)
-            raise PortClosed
+            raise self._closed(error)
         if not data:
-            self._lost(None)
-            raise PortClosed
+            raise self._closed(None)
         self.buffer += data
         return True
 
     def write(self, data: "bytes | bytearray | memoryview", deadline: Optional[float] = None) -> None:
-        """Send all of ``data``; ``deadline`` is monotonic time. Raises ``PortClosed`` when the host went or takes nothing."""
+        """Send all of ``data``; ``deadline`` is monotonic time. Raises ``PortClosed`` when the host went or takes
+        nothing."""
         view = memoryview(data)
         while view:
-            if not self._connected():
-                raise PortClosed
+            self._require_connection()
             try:
                 view = view[os.write(self._connection, view[:WRITE_SIZE]):]
                 continue
             except BlockingIOError:
                 pass
             except OSError as error:
-                self._lost(error)
-                raise PortClosed
+                raise self._closed(error)
             if self._poll(select.POLLOUT, 1.0) & select.POLLHUP:
                 raise PortClosed
             if deadline is not None and time.monotonic() > deadline:
                 raise PortClosed
 
     def take(self, count: int) -> bytes:
-        """The next ``count`` bytes. Raises ``PortClosed``, or ``Resync`` at a hello where a message should begin."""
+        """The next ``count`` bytes. Raises ``PortClosed``."""
         while len(self.buffer) < count:
             self.fill(1.0)
         taken = bytes(self.buffer[:count])
@@ -126,14 +123,12 @@ class Port:
 
     def find_hello(self) -> Optional[bytes]:
         """The nonce of the last hello in the buffer, everything up to it discarded; None when there is none yet."""
-        found = None
-        for found in _HELLO.finditer(self.buffer):
-            pass
-        if found is None:
+        every = list(_HELLO.finditer(self.buffer))
+        if not every:
             del self.buffer[: max(0, len(self.buffer) - _HELLO_LENGTH)]  # may end with the beginning of one
             return None
-        nonce = found.group(1)
-        del self.buffer[: found.end()]
+        nonce, end = every[-1].group(1), every[-1].end()
+        del self.buffer[:end]
         return bytes(nonce)
 
     def answer_hello(self, nonce: bytes) -> None:
@@ -152,17 +147,28 @@ class Port:
             except PortGone:
                 raise
             except PortClosed:
+                self.reset()
                 time.sleep(PAUSE)
 
-    def _connected(self) -> bool:
-        if self._connection < 0 and self._listener is not None:
+    def reset(self) -> None:
+        """After ``PortClosed``, once no thread writes any more: drop a connection that has ended, take the next."""
+        if self._listener is None:
+            return
+        if self._lost:
+            os.close(self._connection)
+            self._connection, self._lost = -1, False
+            self.buffer.clear()
+        if self._connection < 0:
             try:
                 accepted, _ = self._listener.accept()
             except BlockingIOError:
-                return False
+                return
             self._connection = accepted.detach()
             os.set_blocking(self._connection, False)
-        return self._connection >= 0
+
+    def _require_connection(self) -> None:
+        if self._connection < 0 or self._lost:
+            raise PortClosed
 
     def _poll(self, events: int, seconds: float) -> int:
         poller = select.poll()
@@ -170,14 +176,14 @@ class Port:
         ready = poller.poll(int(seconds * 1000))
         return ready[0][1] if ready else 0
 
-    def _lost(self, error: Optional[OSError]) -> None:
-        """The connection failed or ended; ``PortGone`` when that is for good."""
+    def _closed(self, error: Optional[OSError]) -> PortClosed:
+        """What a failed read or write means: for now, or for good."""
         if self._listener is not None:
-            os.close(self._connection)
-            self._connection = -1
-            self.buffer.clear()
-        elif self._ends or (error is not None and error.errno in (errno.ENODEV, errno.EBADF)):
-            raise PortGone
+            self._lost = True
+            return PortClosed()
+        if self._ends or (error is not None and error.errno in (errno.ENODEV, errno.EBADF)):
+            return PortGone()
+        return PortClosed()
 
 
 def hello_in(line: bytes) -> Optional[bytes]:
@@ -187,7 +193,8 @@ def hello_in(line: bytes) -> Optional[bytes]:
 
 
 def open_port(name: str, seconds: float) -> Port:
-    """The virtio-serial port called ``name``, waited for up to ``seconds``. Raises ``OSError`` (EBUSY: another has it open)."""
+    """The virtio-serial port called ``name``, waited for up to ``seconds``. Raises ``OSError`` (EBUSY: another has
+    it open)."""
     deadline = time.monotonic() + seconds
     while True:
         path = _port_path(name)

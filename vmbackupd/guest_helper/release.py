@@ -1,11 +1,11 @@
 """Takes everything of one job out of device-mapper, whoever made it and however far it had got.
 
-Nothing is remembered: the devices' uuids (``VMBK-<job>-<n>-real|cow|snap``) say what is ours, and a volume is hooked when
-one of its tables is a ``snapshot-origin`` on one of our ``real`` devices, whose own table is then the volume's.
+Nothing is remembered: the devices' uuids (``VMBK-<job>-<n>-real|cow|snap``) say what is ours, and a volume is hooked
+when one of its tables is a ``snapshot-origin`` on one of our ``real`` devices, whose own table is then the volume's.
 
-Suspends here are without lockfs. Swapping tables needs no consistent moment, only that nothing is in flight, which every
-flushing suspend waits for; lockfs would freeze the root filesystem under this process, fail where another tool has frozen
-a filesystem (Linux 6.1), or leave its device marked as frozen for ever (6.12).
+Suspends here are without lockfs. Swapping tables needs no consistent moment, only that nothing is in flight, which
+every flushing suspend waits for; lockfs would freeze the root filesystem under this process, fail where another tool
+has frozen a filesystem (Linux 6.1), or leave its device marked as frozen for ever (6.12).
 """
 
 import errno
@@ -13,7 +13,7 @@ import re
 from typing import Dict, List, NamedTuple
 
 from . import memory, udevrules
-from .dm import SUSPEND, Dm, Info, Target, number_of, resume_request, suspend_request
+from .dm import READONLY, SUSPEND, Dm, Info, Target, resume_request, suspend_request
 from .failures import HelperError
 from .watchdog import Watchdog
 
@@ -38,6 +38,11 @@ def release(dm: Dm, job: str) -> List[str]:
 
     Raises ``HelperError`` or ``OSError`` when something stays; calling again then goes on from there.
     """
+    with dm.alone():
+        return _release(dm, job)
+
+
+def _release(dm: Dm, job: str) -> List[str]:
     devices = dm.devices()
     parts = _parts(devices, job)
     hooks = _hooks(dm, devices, parts["real"])
@@ -55,7 +60,7 @@ def release(dm: Dm, job: str) -> List[str]:
 
 def _parts(devices: List[Info], job: str) -> Dict[str, Dict[str, Info]]:
     """The job's devices: ``{"real": {"0": info}}``."""
-    parts = {"real": {}, "cow": {}, "snap": {}}  # type: Dict[str, Dict[str, Info]]
+    parts: Dict[str, Dict[str, Info]] = {"real": {}, "cow": {}, "snap": {}}
     for device in devices:
         found = re.match(re.escape(prefix(job)) + r"([0-9]+)-(real|cow|snap)\Z", device.uuid)
         if found:
@@ -108,7 +113,7 @@ def _swap(dm: Dm, hook: Hook, snaps: List[int]) -> None:
     """Between suspend and resume there is nothing but ioctls: the volume may be the one this program came from."""
     number, rows = hook.volume.number, dm.table(hook.real.number)
     _require_complete(hook, rows)
-    dm.load(number, rows)
+    dm.load(number, rows, hook.volume.flags & READONLY)
     suspends = [suspend_request(device) for device in [number] + snaps]
     resume = resume_request(number)
     failure = None
@@ -126,7 +131,8 @@ def _swap(dm: Dm, hook: Hook, snaps: List[int]) -> None:
 
 def _require_complete(hook: Hook, rows: List[Target]) -> None:
     if not rows:
-        raise HelperError("NoTable", "%s has lost its table: the volume %s stays on it" % (hook.real.name, hook.volume.name))
+        raise HelperError("NoTable", "%s has lost its table: the volume %s stays on it"
+                          % (hook.real.name, hook.volume.name))
 
 
 def _verify(dm: Dm, hook: Hook) -> None:
@@ -135,7 +141,3 @@ def _verify(dm: Dm, hook: Hook) -> None:
     if dm.table(number) != expected or info.suspended or info.inactive:
         raise HelperError("NotRestored", "the volume %s does not have its own table back" % info.name)
 
-
-def volume_devno(rows: List[Target]) -> int:
-    """The number of the device a ``snapshot-origin`` table refers to."""
-    return number_of(rows[0].params)

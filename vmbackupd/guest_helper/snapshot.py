@@ -1,11 +1,12 @@
 """One instant over many volumes: prepare before the freeze, suspend and resume in it.
 
-For each volume X: ``real`` takes over X's table, ``cow`` is a slice of the scratch disk, ``snap`` is the snapshot of ``real``, and
-``snapshot-origin real`` waits in X's inactive slot. While the guest agent holds every filesystem frozen, suspending all X and
-then resuming all X makes the waiting tables live: no volume runs again before all have stood still.
+For each volume X: ``real`` takes over X's table, ``cow`` is a slice of the scratch disk, ``snap`` is the snapshot of
+``real``, and ``snapshot-origin real`` waits in X's inactive slot. While the guest agent holds every filesystem
+frozen, suspending all X and then resuming all X makes the waiting tables live: no volume runs again before all have
+stood still.
 
-Suspends are without lockfs, always: the filesystems are frozen already, and freezing them twice fails (Linux 6.1) or leaves
-the device marked as frozen until the next boot (6.12).
+Suspends are without lockfs, always: the filesystems are frozen already, and freezing them twice fails (Linux 6.1) or
+leaves the device marked as frozen until the next boot (6.12).
 """
 
 import time
@@ -61,7 +62,7 @@ class Snapshot:
 
     def __init__(self, dm: Dm, job: str) -> None:
         self.job = job
-        self.volumes = []  # type: List[Volume]
+        self.volumes: List[Volume] = []
         self.taken = False
         self._dm = dm
 
@@ -86,11 +87,18 @@ class Snapshot:
             memory.lock()
         except BaseException:
             self.volumes = []
-            release.release(self._dm, self.job)
+            self._undo()
             raise
         return [{"device": volume.info.devno, "name": volume.info.name, "size": volume.sectors * SECTOR,
                  "store_offset": volume.store_offset, "store_length": volume.store_length,
                  "table": devices.shown_rows(volume.rows)} for volume in wanted]
+
+    def _undo(self) -> None:
+        """After a failure; what cannot be undone now is found by the host's own release."""
+        try:
+            release.release(self._dm, self.job)
+        except (HelperError, OSError):
+            pass
 
     def snap(self, guard: Optional[Watchdog]) -> Dict[str, float]:
         """T1. Nothing but ioctls happens between the first suspend and the last resume."""
@@ -102,8 +110,8 @@ class Snapshot:
         call, command = self._dm.call, SUSPEND
         suspends = [suspend_request(volume.number) for volume in self.volumes]
         resumes = [resume_request(volume.number) for volume in reversed(self.volumes)]
-        clock = time.monotonic
-        failure = None  # type: Optional[OSError]
+        again = [resume_request(volume.number) for volume in reversed(self.volumes)]
+        clock, failure, still = time.monotonic, None, 0
         with memory.Still():
             begin = clock()
             for buffer in suspends:
@@ -112,17 +120,22 @@ class Snapshot:
                 except OSError as error:
                     failure = error
                     break
+                still += 1
             t1, middle = time.time(), clock()
-            for buffer in resumes:
-                try:
-                    call(command, buffer)
-                except OSError as error:
-                    failure = error
+            first = len(resumes) - still  # only what is suspended: a resume of the others would swap their tables
+            for buffers in (resumes, again):
+                for buffer in buffers[first:]:
+                    try:
+                        call(command, buffer)
+                    except OSError as error:
+                        failure = error
+                if failure is None:
+                    break  # else once more: a table that cannot go live leaves the old one, still suspended
             end = clock()
         if failure is not None:
             raise HelperError("SuspendFailed", "a volume could not be suspended or resumed: %s" % failure.strerror)
-        self._require_live()
         self.taken = True
+        self._require_live()
         return {"t1": t1, "suspend_ms": (middle - begin) * 1000, "resume_ms": (end - middle) * 1000}
 
     def status(self) -> List[Dict[str, Any]]:
@@ -137,12 +150,14 @@ class Snapshot:
         asked = objects(params, "volumes", MAX_VOLUMES)
         if not asked:
             raise HelperError("InvalidArgument", "volumes: none")
-        wanted, offset, seen = [], 0, set()  # type: List[Wanted], int, Set[str]
+        wanted: List[Wanted] = []
+        seen: Set[str] = set()
+        offset = 0
         for item in asked:
             number = devno(item.get("device"))
             length = integer(item, "store_bytes", 4 * chunk, 1 << 62)
             if length % chunk or number in seen:
-                raise HelperError("InvalidArgument", "volume %s: named twice, or its store is no multiple of a chunk" % number)
+                raise HelperError("InvalidArgument", "volume %s: named twice, or its store is not in chunks" % number)
             seen.add(number)
             wanted.append(self._look_up(number, offset, length))
             offset += length
@@ -162,12 +177,13 @@ class Snapshot:
 
     def _make(self, index: int, volume: Wanted, disk: str, chunk: int) -> Volume:
         name, uuid = "vmbk-%s-%d" % (self.job, index), "%s%d" % (release.prefix(self.job), index)
-        size, dm = volume.sectors, self._dm
-        real = dm.info(dm.create(name + "-real", uuid + "-real", volume.rows))
-        slice_rows = [Target(0, volume.store_length // SECTOR, "linear", "%s %d" % (disk, volume.store_offset // SECTOR))]
+        size, dm, mode = volume.sectors, self._dm, volume.info.flags & READONLY
+        real = dm.info(dm.create(name + "-real", uuid + "-real", volume.rows, mode))
+        slice_rows = [Target(0, volume.store_length // SECTOR, "linear",
+                             "%s %d" % (disk, volume.store_offset // SECTOR))]
         cow = dm.info(dm.create(name + "-cow", uuid + "-cow", slice_rows))
         origin = [Target(0, size, "snapshot-origin", real.devno)]
-        dm.load(volume.info.number, origin)
+        dm.load(volume.info.number, origin, mode)
         # Read-only: a write to the snapshot would look like a write to the volume after T1.
         snap = dm.create(name + "-snap", uuid + "-snap",
                          [Target(0, size, "snapshot", "%s %s P %d" % (real.devno, cow.devno, chunk))], READONLY)
@@ -176,8 +192,7 @@ class Snapshot:
     def _require_prepared(self) -> None:
         """Nobody has touched the volumes since ``prepare``."""
         for volume in self.volumes:
-            if (self._dm.table(volume.number) != volume.wanted.rows or self._dm.info(volume.number).suspended
-                    or self._dm.table(volume.number, inactive=True) != volume.origin):
+            if not self._table_ok(volume):
                 raise HelperError("TableChanged", "another program changed the table of %s" % volume.name)
 
     def _require_live(self) -> None:
@@ -191,17 +206,19 @@ class Snapshot:
                 "table_ok": self._table_ok(volume)}
 
     def _table_ok(self, volume: Volume) -> bool:
+        """Whether nobody has changed what ``prepare`` and ``snap`` set up."""
+        live, waiting = (volume.origin, []) if self.taken else (volume.wanted.rows, volume.origin)
         try:
-            info = self._dm.info(volume.number)
-            live = volume.origin if self.taken or info.inactive is False else volume.wanted.rows
-            return (self._dm.table(volume.number) == live and not info.suspended and info.inactive is (live is not volume.origin)
+            return (self._dm.table(volume.number) == live and self._dm.table(volume.number, inactive=True) == waiting
+                    and not self._dm.info(volume.number).suspended
                     and self._dm.table(volume.real) == volume.wanted.rows)
         except OSError:
             return False  # removed
 
 
 def _fill(dm: Dm, snap: int) -> Tuple[bool, Tuple[int, int, int]]:
-    """(valid, (allocated, total, metadata) sectors) from ``16/4096 16``; ``Invalid`` or ``Overflow`` is the end of it."""
+    """(valid, (allocated, total, metadata) sectors) from ``16/4096 16``; ``Invalid`` or ``Overflow`` is the end of
+    it."""
     try:
         words = dm.status(snap)[0].params.replace("/", " ").split()
         allocated, total, metadata = (int(word) for word in words)

@@ -1,4 +1,5 @@
-"""Keeps udev, LVM and systemd off our devices: they show the labels and identifiers of the volumes they are copies of."""
+"""Keeps udev, LVM and systemd off our devices: they show the labels and identifiers of the volumes they are copies
+of."""
 
 import os
 import subprocess
@@ -13,8 +14,8 @@ ENV{DM_UDEV_DISABLE_DISK_RULES_FLAG}="1", ENV{DM_UDEV_DISABLE_OTHER_RULES_FLAG}=
 
 
 def install() -> None:
-    """Write the rules and have udev read them. The ioctls carry the same wish (``dm.NO_UDEV_RULES``), so a guest without
-    udev, or with one that does not answer, is no reason to fail."""
+    """Write the rules and have udev read them. The ioctls carry the same wish (``dm.NO_UDEV_RULES``), so a guest
+    without udev, or with one that does not answer, is no reason to fail."""
     if not os.path.isdir("/run/udev"):
         return
     os.makedirs(DIRECTORY, exist_ok=True)
@@ -40,7 +41,7 @@ def run(command: "list[str]") -> None:
     """Run a program of the guest's, for its effect if it is there; its failure shows in what comes after."""
     environment = dict(os.environ, PATH="/usr/sbin:/usr/bin:/sbin:/bin")
     try:
-        subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                       timeout=30, env=environment)
+        subprocess.run(command, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL, timeout=30, env=environment)
     except (OSError, subprocess.TimeoutExpired):
         pass

@@ -1,7 +1,7 @@
 """The dead-man: a forked process that thaws the guest when nobody else does.
 
-It is forked right before the freeze, locked into memory, and needs nothing but ioctls on descriptors it already has. When
-the host has not disarmed it in time, or the helper dies, it resumes every volume that is suspended and thaws every
+It is forked right before the freeze, locked into memory, and needs nothing but ioctls on descriptors it already has.
+When the host has not disarmed it in time, or the helper dies, it resumes every volume that is suspended and thaws every
 filesystem. It goes on resuming until it is told to end: a helper that was stopped half way may suspend again later.
 """
 
@@ -13,7 +13,7 @@ import signal
 import socket
 import struct
 import time
-from typing import Callable, Iterable, List, Optional
+from typing import Callable, Iterable, List, Optional, Set
 
 from . import memory, mounts
 from .dm import STATUS, SUSPEND, SUSPENDED, Dm, code, request, resume_request
@@ -30,8 +30,8 @@ class Watchdog:
 
     def __init__(self, seconds: float, dm: Optional[Dm], volumes: Iterable[int], thaw: bool,
                  close: Callable[[], None] = lambda: None) -> None:
-        """Fork. ``volumes`` are the dm devices to resume, ``thaw`` whether filesystems are thawed as well; ``close`` runs in
-        the child and lets go of what only one process may have open."""
+        """Fork. ``volumes`` are the dm devices to resume, ``thaw`` whether filesystems are thawed as well; ``close``
+        runs in the child and lets go of what only one process may have open."""
         descriptors = open_filesystems() if thaw else []
         try:
             ours, theirs = socket.socketpair()
@@ -61,7 +61,8 @@ class Watchdog:
         return bool(select.select([self._socket], [], [], 0)[0])
 
     def disarm(self) -> bool:
-        """End it; True when it had thawed the guest. Raises ``HelperError`` when it was lost: nobody guarded the freeze."""
+        """End it; True when it had thawed the guest. Raises ``HelperError`` when it was lost: nobody guarded the
+        freeze."""
         try:
             self._socket.sendall(b"d")
         except OSError:
@@ -120,10 +121,9 @@ class _Child:
         if word == b"d":
             self._say(b"0")
             return
-        os_kill, wake = os.kill, int(memory.Still.wake)
         if word is None:
             try:  # a suspend that waits for a disk which does not answer would keep us out as well
-                os_kill(self._parent, wake)
+                os.kill(self._parent, memory.Still.wake)
             except OSError:
                 pass
         self._resume()
@@ -178,7 +178,8 @@ class _Child:
 
 def open_filesystems() -> List[int]:
     """A descriptor on each mounted filesystem that a freeze could reach: opened before it, used to thaw."""
-    opened, seen = [], set()
+    opened: List[int] = []
+    seen: Set[str] = set()
     for mount in mounts.own_mounts():
         if mount.devno in seen:
             continue

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from vmbackupd.errors import HypervisorError
+
 
 @dataclass(frozen=True, slots=True)
 class DiskSource:
@@ -55,7 +57,8 @@ class DomainDisk:
 
 @dataclass(frozen=True, slots=True)
 class DomainInfo:
-    """A domain as it is now. ``xml`` is the live definition (the inactive one when it is off)."""
+    """A domain as it is now. ``xml`` is the live definition (the inactive one when it is off), with secrets.
+    ``has_agent``: there is a port for the guest agent; whether anybody answers there is asked with ``guest-ping``."""
 
     name: str
     uuid: str
@@ -68,6 +71,13 @@ class DomainInfo:
     hostdevs: tuple[str, ...]  # one readable line for each <hostdev>
     nvram: str | None  # path of the UEFI variable store
     tpm_state: str | None  # directory of the emulated TPM's state
+
+
+class HypervisorLost(HypervisorError):
+    """The hypervisor's own service (libvirtd) went away during a call: whether the call took effect has to be asked
+    when it is back. The next call connects again."""
+
+    code = "HypervisorLost"
 
 
 class Hypervisor(Protocol):
@@ -113,6 +123,19 @@ class Hypervisor(Protocol):
     async def define(self, xml: str) -> str:
         """Define a domain; returns its uuid."""
 
-    async def undefine(self, uuid: str) -> None: ...
+    async def undefine(self, uuid: str) -> None:
+        """Forget a domain, with its NVRAM, TPM state and saved state. Its disks stay."""
 
-    async def start(self, uuid: str) -> None: ...
+    async def start(self, uuid: str) -> None:
+        """Power on. Running already is no error."""
+
+    async def destroy(self, uuid: str) -> None:
+        """Power off at once. Off already is no error."""
+
+    async def path_users(self, path: str) -> Sequence[str]:
+        """Names of the domains, running or not, one of whose disks has ``path`` in its chain."""
+
+    def watch(self, uuid: str, callback: Callable[[str], None]) -> Callable[[], None]:
+        """Call ``callback`` in the event loop with ``started``, ``stopped`` (also a crash), ``agent-connected``,
+        ``agent-disconnected``, and ``hypervisor-lost`` when libvirtd went away (it is looked for again, and a domain
+        that ended meanwhile is ``stopped``). Returns the function that ends it. To be called after :meth:`open`."""

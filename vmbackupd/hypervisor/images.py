@@ -6,11 +6,14 @@ Formats are always given, never probed: what a probe reads is what a guest wrote
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import dataclass
 
 from vmbackupd.errors import HypervisorError
 from vmbackupd.host.process import CommandFailed, run
+
+log = logging.getLogger("hypervisor.images")
 
 QUICK = 60.0  # seconds for commands that read or write headers only
 MAX_CHAIN = 200  # images in one chain; QEMU's own recursion gives up not far above
@@ -80,7 +83,9 @@ async def qcow2_in_use(path: str) -> bool:
     except CommandFailed as error:
         if "lock" in error.stderr:
             return True
-        raise HypervisorError(str(error)) from error
+        if error.status is None:
+            raise HypervisorError(str(error)) from error
+        log.debug("%s", error)  # no such file, or no whole image: a lock would have been met before that
     return False
 
 

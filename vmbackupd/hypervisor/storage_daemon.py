@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import os
 import signal
 import socket
@@ -27,8 +28,11 @@ __all__ = ["ImageInfo", "ImageSpec", "IscsiLun", "NbdExport", "StorageDaemon", "
 
 START = 20.0
 COMMAND = 30.0
+QUIT = 20.0  # it writes back what it holds
 OPEN = 60.0  # opening may log in to an iSCSI target
 SOCKET_PATH_LIMIT = 107  # sun_path without its NUL
+
+log = logging.getLogger("hypervisor.storage_daemon")
 
 _serial = itertools.count(1)
 
@@ -119,34 +123,35 @@ class StorageDaemon:
 
     async def close(self) -> None:
         """End the process: asked first, killed if it does not go. Its sockets are removed. Can be called again."""
+        follows = False
         try:
             if self._qmp.runstate is Runstate.RUNNING:
                 try:
-                    await self._execute("quit", {})
-                except HypervisorError:
-                    pass  # it is gone, or will be killed
+                    await self._execute("quit", {}, timeout=QUIT)
+                    follows = True
+                except HypervisorError as error:
+                    log.warning("%s; it will be killed", error)
         finally:
             try:
                 await self._disconnect()
             finally:
-                await self._reap()
+                await self._reap(QUIT if follows else 0)
 
     async def _disconnect(self) -> None:
         try:
             if self._qmp.runstate is not Runstate.IDLE:
-                await asyncio.wait_for(self._qmp.disconnect(), COMMAND)
+                await asyncio.wait_for(self._qmp.disconnect(), QUIT)
         except (QMPError, OSError, EOFError, TimeoutError):
             pass  # what it has to say about a connection that is being closed is of no use
 
-    async def _reap(self) -> None:
-        child = self._child
+    async def _reap(self, patience: float) -> None:
         try:
-            if child is not None:
+            if self._child is not None:
                 try:
-                    await child.wait(COMMAND)
+                    await self._child.wait(patience)
                 except TimeoutError:
                     pass
-                await child.stop("terminate", 5.0)
+                await self._child.stop("kill", 0)
         finally:
             self._exports.clear()
             for path in (self.socket, self._pidfile):

@@ -20,7 +20,7 @@ from vmbackupd.job.journal import Entry, Journal
 from vmbackupd.job.observer import JobObserver
 from vmbackupd.job.options import BackupOptions
 from vmbackupd.model import VolumeMap
-from vmbackupd.repository import Repository, RepositoryWriter
+from vmbackupd.repository import RepositoryWriter
 from vmbackupd.repository.manifest import Manifest
 
 T = TypeVar("T")
@@ -54,7 +54,6 @@ class BackupContext:
     undo: undo.UndoContext
     # inspect
     domain: DomainInfo
-    repository: Repository | None = None
     writer: RepositoryWriter | None = None
     storage: StorageDaemon | None = None
     report: GuestReport | None = None
@@ -111,8 +110,9 @@ class BackupContext:
         """One guest agent command to this VM."""
         return await self.hypervisor.agent(self.domain.uuid, command, arguments, timeout=timeout)
 
-    async def engine(self, progress: Progress, work: Callable[[], T],
-                     beside: Callable[[], Awaitable[None]] | None = None) -> T:
+    async def engine(
+        self, progress: Progress, work: Callable[[], T], beside: Callable[[], Awaitable[None]] | None = None
+    ) -> T:
         """Run ``work`` in a thread, showing ``progress``, and every second ``beside`` in the loop.
 
         A cancellation or an error of ``beside`` stops the engine and waits for its thread before it goes on.

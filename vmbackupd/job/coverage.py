@@ -1,7 +1,7 @@
 """Coverage: every block device the guest has, and how each is captured, excluded, or why it cannot be.
 
-The hypervisor says which disks go through QEMU's block layer, the guest what disks it has and what lives on them. A disk
-of both is virtual; ``device='lun'`` and every disk only the guest knows are pass-through. What the two say is
+The hypervisor says which disks go through QEMU's block layer, the guest what disks it has and what lives on them. A
+disk of both is virtual; ``device='lun'`` and every disk only the guest knows are pass-through. What the two say is
 matched by where the guest finds the device (PCI address, SCSI target and unit), which the guest cannot rename.
 """
 
@@ -14,30 +14,17 @@ from vmbackupd.guest import topology
 from vmbackupd.guest.report import GuestDevice, GuestReport
 from vmbackupd.host.udev import HostDevice, normalise_wwn
 from vmbackupd.hypervisor.base import DiskSource, DomainDisk, DomainInfo
-from vmbackupd.model import Method, VolumeKind
+from vmbackupd.model import CoverageRecord, Method, VolumeKind
 
 CAPTURED, EXCLUDED, UNCOVERED, ALLOWED = "captured", "excluded", "uncovered", "allowed"
 
-VOLATILE = {"ram": "memory of the guest", "zram": "memory of the guest", "rom": "removable medium",
-            "loop": "a file of another volume"}
+VOLATILE = {
+    "ram": "memory of the guest",
+    "zram": "memory of the guest",
+    "rom": "removable medium",
+    "loop": "a file of another volume",
+}
 SNAPSHOT_FORMATS = ("qcow2", "raw", "vmdk", "vpc", "vdi", "vhdx")
-
-
-@dataclass(frozen=True, slots=True)
-class CoverageItem:
-    """One device and what is decided about it; ``reason`` is a sentence an administrator can act on."""
-
-    id: str
-    device: str
-    kind: VolumeKind
-    size: int
-    decision: str
-    method: Method | None
-    reason: str
-
-    def to_dict(self) -> dict[str, object]:
-        return {"id": self.id, "device": self.device, "kind": self.kind.value, "size": self.size, "decision": self.decision,
-                "method": self.method.value if self.method else None, "reason": self.reason}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +54,7 @@ class SnapshotVolume:
 class Coverage:
     """The decisions, and the plan that follows from them."""
 
-    items: tuple[CoverageItem, ...]
+    items: tuple[CoverageRecord, ...]
     plans: tuple[DiskPlan, ...]
     volumes: tuple[SnapshotVolume, ...]
 
@@ -80,12 +67,20 @@ class Coverage:
         return tuple(plan for plan in self.plans if plan.kind is VolumeKind.PASS_THROUGH)
 
 
-def decide(domain: DomainInfo, report: GuestReport, luns: Sequence[HostDevice] = (), own: str | None = None) -> Coverage:
+def decide(
+    domain: DomainInfo, report: GuestReport, luns: Sequence[HostDevice] = (), own: str | None = None
+) -> Coverage:
     """Decide for every disk of ``domain`` and of its guest; ``own`` is a job whose devices are to be passed over."""
     disks = [device for device in report.devices if device.type == "disk" and not _ours(device, own)]
-    matched = _match([disk for disk in domain.disks if disk.device in ("disk", "lun")
-                      and not (own and disk.serial == f"vmbk-{own}")], disks)
-    items: list[CoverageItem] = []
+    matched = _match(
+        [
+            disk
+            for disk in domain.disks
+            if disk.device in ("disk", "lun") and not (own and disk.serial == f"vmbk-{own}")
+        ],
+        disks,
+    )
+    items: list[CoverageRecord] = []
     plans: list[DiskPlan] = []
     seen = set()
     for disk in domain.disks:
@@ -94,8 +89,11 @@ def decide(domain: DomainInfo, report: GuestReport, luns: Sequence[HostDevice] =
         device = matched.get(disk.target)
         if device is not None:
             seen.add(device.devno)
-        item, plan = (_pass_through(report, device, disk, luns) if disk.device == "lun" and device is not None
-                      else _virtual(report, device, disk))
+        item, plan = (
+            _pass_through(report, device, disk, luns)
+            if disk.device == "lun" and device is not None
+            else _virtual(report, device, disk)
+        )
         items.append(item)
         plans += [plan] if plan else []
     for device in disks:
@@ -103,21 +101,34 @@ def decide(domain: DomainInfo, report: GuestReport, luns: Sequence[HostDevice] =
             item, plan = _pass_through(report, device, None, luns)
             items.append(item)
             plans += [plan] if plan else []
-    items += [CoverageItem(device.name, device.name, VolumeKind.PASS_THROUGH, device.size, EXCLUDED, None, VOLATILE[device.type])
-              for device in report.devices if device.type in VOLATILE and device.size and not device.parent]
+    items += [
+        CoverageRecord(
+            device.name, device.name, VolumeKind.PASS_THROUGH, device.size, None, EXCLUDED, VOLATILE[device.type]
+        )
+        for device in report.devices
+        if device.type in VOLATILE and device.size and not device.parent
+    ]
     return Coverage(tuple(items), tuple(plans), _volumes(report, plans))
 
 
 def allow(coverage: Coverage, allowed: Collection[str]) -> Coverage:
     """``coverage`` with the uncovered devices of these ids or names allowed to be missing."""
-    return replace(coverage, items=tuple(
-        replace(item, decision=ALLOWED) if item.decision == UNCOVERED and {item.id, item.device} & set(allowed) else item
-        for item in coverage.items))
+    return replace(
+        coverage,
+        items=tuple(
+            replace(item, decision=ALLOWED)
+            if item.decision == UNCOVERED and {item.id, item.device} & set(allowed)
+            else item
+            for item in coverage.items
+        ),
+    )
 
 
 def difference(before: Coverage, now: Coverage) -> str | None:
     """What changed between two decisions, in words; None when nothing did."""
-    was, is_now = ({(item.id, item.size, item.method, item.decision): item for item in cover.items} for cover in (before, now))
+    was, is_now = (
+        {(item.id, item.size, item.method, item.decision): item for item in cover.items} for cover in (before, now)
+    )
     for key in was.keys() - is_now.keys():
         return f"{was[key].device} ({was[key].id}) went away or changed"
     for key in is_now.keys() - was.keys():
@@ -141,39 +152,57 @@ def _match(disks: Iterable[DomainDisk], devices: Sequence[GuestDevice]) -> dict[
             by_serial.setdefault(device.serial, []).append(device)
     found: dict[str, GuestDevice] = {}
     for disk in disks:
-        device = by_place.get((disk.address.pci, disk.address.target, disk.address.unit)) if disk.address else None
-        if device is None and disk.serial and len(by_serial.get(disk.serial, ())) == 1:
-            device = by_serial[disk.serial][0]
-        if device is not None:
-            found[disk.target] = device
+        place = (disk.address.pci, disk.address.target, disk.address.unit) if disk.address else None
+        if place in by_place:
+            found[disk.target] = by_place[place]
+        elif disk.serial and len(by_serial.get(disk.serial, ())) == 1:
+            found[disk.target] = by_serial[disk.serial][0]
     return found
 
 
-def _virtual(report: GuestReport, device: GuestDevice | None, disk: DomainDisk
-             ) -> tuple[CoverageItem, DiskPlan | None]:
+def _virtual(
+    report: GuestReport, device: GuestDevice | None, disk: DomainDisk
+) -> tuple[CoverageRecord, DiskPlan | None]:
     """A disk of QEMU's block layer (or a ``lun`` the guest has not attached, which nobody can read)."""
     name = f"{disk.target}{f' = {device.name}' if device else ''}"
     size = disk.size or (device.size if device else 0)
 
-    def item(decision: str, method: Method | None, reason: str) -> CoverageItem:
+    def item(decision: str, method: Method | None, reason: str) -> CoverageRecord:
         kind = VolumeKind.PASS_THROUGH if disk.device == "lun" else VolumeKind.VIRTUAL
-        return CoverageItem(disk.target, name, kind, size, decision, method, reason)
+        return CoverageRecord(disk.target, name, kind, size, method, decision, reason)
 
     if disk.device in ("cdrom", "floppy"):
         return item(EXCLUDED, None, "removable medium"), None
     if disk.device == "lun":
-        return item(UNCOVERED, None, "the guest does not see this SCSI LUN, so it cannot be snapshotted there; load its driver "
-                                     "or detach it"), None
+        return item(
+            UNCOVERED,
+            None,
+            "the guest does not see this SCSI LUN, so it cannot be snapshotted there; load its driver or detach it",
+        ), None
     why_not = _why_no_hypervisor_snapshot(disk)
     if why_not:
         return item(UNCOVERED, None, why_not), None
     if device is not None and disk.size is not None and device.size != disk.size:
-        return item(UNCOVERED, None, f"the guest sees {device.size} bytes, the host {disk.size}: let the guest rescan it"), None
+        return item(
+            UNCOVERED, None, f"the guest sees {device.size} bytes, the host {disk.size}: let the guest rescan it"
+        ), None
     method, reason = _virtual_method(report, device)
-    details: dict[str, object] = {"target": disk.target, "format": disk.source.format if disk.source else None,
-                                  "serial": disk.serial, "guest_name": device.name if device else None}
-    return item(CAPTURED, method, reason), DiskPlan(disk.target, VolumeKind.VIRTUAL, method, size,
-                                                    device.devno if device else None, disk.target, disk.source, details)
+    details: dict[str, object] = {
+        "target": disk.target,
+        "format": disk.source.format if disk.source else None,
+        "serial": disk.serial,
+        "guest_name": device.name if device else None,
+    }
+    return item(CAPTURED, method, reason), DiskPlan(
+        disk.target,
+        VolumeKind.VIRTUAL,
+        method,
+        size,
+        device.devno if device else None,
+        disk.target,
+        disk.source,
+        details,
+    )
 
 
 def _why_no_hypervisor_snapshot(disk: DomainDisk) -> str | None:
@@ -181,7 +210,9 @@ def _why_no_hypervisor_snapshot(disk: DomainDisk) -> str | None:
     if source is None:
         return "the disk has no source"
     if source.kind not in ("file", "block") or source.path is None:
-        return f"its source is {source.kind} ({source.protocol or 'no path'}): images in files and block devices are read"
+        return (
+            f"its source is {source.kind} ({source.protocol or 'no path'}): images in files and block devices are read"
+        )
     if source.format not in SNAPSHOT_FORMATS:
         return f"its format {source.format} cannot be snapshotted by QEMU"
     if disk.read_only:
@@ -203,32 +234,56 @@ def _virtual_method(report: GuestReport, device: GuestDevice | None) -> tuple[Me
     return Method.GUEST_SNAPSHOT, "all that lives on it are device-mapper volumes"
 
 
-def _pass_through(report: GuestReport, device: GuestDevice, disk: DomainDisk | None, luns: Sequence[HostDevice]
-                  ) -> tuple[CoverageItem, DiskPlan | None]:
+def _pass_through(
+    report: GuestReport, device: GuestDevice, disk: DomainDisk | None, luns: Sequence[HostDevice]
+) -> tuple[CoverageRecord, DiskPlan | None]:
     """A disk that only the guest can read."""
     ident = disk.target if disk is not None else _identity(device)
     name = f"{disk.target} = {device.name}" if disk is not None else device.name
     live = topology.live_users(report, device.devno)
     plain = [user for user in live if user.volume is None]
 
-    def item(decision: str, method: Method | None, reason: str) -> CoverageItem:
-        return CoverageItem(ident, name, VolumeKind.PASS_THROUGH, device.size, decision, method, reason)
+    def item(decision: str, method: Method | None, reason: str) -> CoverageRecord:
+        return CoverageRecord(ident, name, VolumeKind.PASS_THROUGH, device.size, method, decision, reason)
 
     if plain:
-        return item(UNCOVERED, None, f"/dev/{device.name} bypasses the hypervisor, and {plain[0].what} lies on no device-mapper "
-                                     "volume, so no snapshot can hold it; put it on LVM"), None
+        return item(
+            UNCOVERED,
+            None,
+            f"/dev/{device.name} bypasses the hypervisor, and {plain[0].what} lies on no device-mapper "
+            "volume, so no snapshot can hold it; put it on LVM",
+        ), None
     if not live:
-        return item(UNCOVERED, None, f"/dev/{device.name} bypasses the hypervisor and nothing on it is in use: no snapshot can be "
-                                     "taken of it; detach it, or activate the volumes on it"), None
+        return item(
+            UNCOVERED,
+            None,
+            f"/dev/{device.name} bypasses the hypervisor and nothing on it is in use: no snapshot can be "
+            "taken of it; detach it, or activate the volumes on it",
+        ), None
     host = _host_lun(disk, device, luns)
     details: dict[str, object] = {
-        "target": disk.target if disk is not None else None, "guest_name": device.name, "transport": device.transport,
-        "serial": device.serial, "wwn": device.wwn, "vendor": device.vendor, "model": device.model,
-        "iscsi": None if device.iscsi is None else {"iqn": device.iscsi.iqn, "portal": device.iscsi.portal,
-                                                    "lun": device.iscsi.lun},
-        "host_device": host}
-    plan = DiskPlan(ident, VolumeKind.PASS_THROUGH, Method.GUEST_SNAPSHOT, device.size, device.devno,
-                    disk.target if disk is not None else None, disk.source if disk is not None else None, details)
+        "target": disk.target if disk is not None else None,
+        "guest_name": device.name,
+        "transport": device.transport,
+        "serial": device.serial,
+        "wwn": device.wwn,
+        "vendor": device.vendor,
+        "model": device.model,
+        "iscsi": None
+        if device.iscsi is None
+        else {"iqn": device.iscsi.iqn, "portal": device.iscsi.portal, "lun": device.iscsi.lun},
+        "host_device": host,
+    }
+    plan = DiskPlan(
+        ident,
+        VolumeKind.PASS_THROUGH,
+        Method.GUEST_SNAPSHOT,
+        device.size,
+        device.devno,
+        disk.target if disk is not None else None,
+        disk.source if disk is not None else None,
+        details,
+    )
     return item(CAPTURED, Method.GUEST_SNAPSHOT, "read through the guest, as of its snapshot"), plan
 
 
@@ -244,7 +299,8 @@ def _identity(device: GuestDevice) -> str:
 
 
 def _host_lun(disk: DomainDisk | None, device: GuestDevice, luns: Sequence[HostDevice]) -> str | None:
-    """The host's own device of the same LUN, if the host sees it: by WWN as the guest reports it, else by the disk's source."""
+    """The host's own device of the same LUN, if the host sees it: by WWN as the guest reports it, else by the disk's
+    source."""
     path = disk.source.path if disk is not None and disk.source is not None else None
     wwn = normalise_wwn(device.wwn) if device.wwn else None
     for lun in luns:

@@ -1,8 +1,8 @@
 """Named points between the effects of a job, where tests make the daemon die, fail, stop or be cancelled.
 
 ``VMBACKUPD_FAULTPOINTS`` holds ``NAME=ACTION`` pairs separated by commas. Actions: ``kill`` (SIGKILL to this process),
-``error`` (the step raises), ``cancel`` (the job is cancelled there), ``pause:DIR`` (creates ``DIR/NAME.reached`` and goes
-on when ``DIR/NAME.go`` exists). Without the variable a point does nothing.
+``error`` (the step raises), ``cancel`` (the job is cancelled there), ``pause:DIR`` (creates ``DIR/NAME.reached`` and
+goes on when ``DIR/NAME.go`` exists). Without the variable a point does nothing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ async def reach(name: str) -> None:
     elif action.startswith("pause:"):
         directory = Path(action.removeprefix("pause:"))
         (directory / f"{name}.reached").touch()
-        while not (directory / f"{name}.go").exists():  # a test's hand is on the other side: there is no event to wait on
+        while not (
+            directory / f"{name}.go"
+        ).exists():  # a test's hand is on the other side: there is no event to wait on
             await asyncio.sleep(0.05)
     else:
         raise ValueError(f"{VARIABLE}: unknown action {action!r} for {name}")

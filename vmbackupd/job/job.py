@@ -49,7 +49,8 @@ class Runner(Protocol):
         """Restore, or with ``dry_run`` plan it: ``{"backup", "name", "uuid", "directory", "volumes": [...], ...}``."""
 
     async def inspect(self, job: JobContext, vm: str) -> Result:
-        """``{"vm", "uuid", "uncovered", "coverage": [{"device", "size", "kind", "method", "decision", "reason"}]}``."""
+        """``{"vm", "uuid", "would_fail", "coverage": [{"device", "id", "size", "kind", "method", "decision",
+        "reason"}]}``."""
 
     async def recover(self, job: JobContext) -> Result:
         """Undo what dead jobs left: ``{"recovered": [{"job", "vm", "undone": [...], "failed": [...]}]}``."""
@@ -73,8 +74,9 @@ class Runner(Protocol):
 class Job:
     """One job as callers see it. ``created`` and ``ended`` are Unix times in seconds."""
 
-    def __init__(self, job_id: str, kind: str, vm: str, notify: Callable[[Job, set[str]], None],
-                 cancel: Callable[[Job], None]) -> None:
+    def __init__(
+        self, job_id: str, kind: str, vm: str, notify: Callable[[Job, set[str]], None], cancel: Callable[[Job], None]
+    ) -> None:
         self.id = job_id
         self.kind = kind
         self.vm = vm

@@ -1,9 +1,9 @@
 """The undo journal: what a job did to guest and host, written down before it is done.
 
-One file a job, ``<state>/journal/<job>.jsonl``: a header line, then a line ``{"seq", "undo", "args"}`` before each effect and
-``{"done": seq}`` after its undo. Each line is fsynced before the call returns; the directory is fsynced when the file is
-made and when it is removed. A torn last line is a line whose effect has not begun. The file is removed when nothing is
-left to undo, so a file that is there at start belongs to a daemon that died.
+One file a job, ``<state>/journal/<job>.jsonl``: a header line, then a line ``{"seq", "undo", "args"}`` before each
+effect and ``{"done": seq}`` after its undo. Each line is fsynced before the call returns; the directory is fsynced
+when the file is made and when it is removed. A torn last line is a line whose effect has not begun. The file is
+removed when nothing is left to undo, so a file that is there at start belongs to a daemon that died.
 """
 
 from __future__ import annotations
@@ -93,8 +93,9 @@ class Journal:
                     args = {str(key): str(value) for key, value in record["args"].items()}
                     pending[last] = Entry(last, str(record["undo"]), args)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise JournalCorrupt(f"journal {path} is damaged ({error}): see what its job left on the VM, then remove the file"
-                                 ) from error
+            raise JournalCorrupt(
+                f"journal {path} is damaged ({error}): see what its job left on the VM, then remove the file"
+            ) from error
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         if torn:
             os.ftruncate(fd, len(data) - len(torn))

@@ -17,6 +17,8 @@ from vmbackupd.job.job import Job, JobContext, Result, Runner, current_job
 from vmbackupd.job.options import BackupOptions, RestoreOptions
 from vmbackupd.model import JobState
 
+__all__ = ["Job", "JobContext", "JobManager", "Result", "Runner"]
+
 log = logging.getLogger("job.manager")
 
 HISTORY = 100  # ended jobs that are remembered
@@ -61,12 +63,13 @@ class JobManager:
         return self._start("inspect", vm, f"vm:{vm}", lambda job: self._runner.inspect(job, vm))
 
     def start_restore(self, backup: str, options: RestoreOptions) -> Job:
-        """Queue a restore. Raises ``Busy`` when a job makes the same domain already."""
+        """Queue a restore. Raises ``Busy`` when a job works on a VM of the new name."""
         if not backup.strip():
             raise InvalidArgument("the backup to restore has no name")
-        target = f"vm:{options.name}" if options.name else f"restore:{backup}"
-        return self._start("restore", options.name or backup, target,
-                           lambda job: self._runner.restore(job, backup, options))
+        target = f"vm:{options.name}" if options.name and not options.dry_run else None
+        return self._start(
+            "restore", options.name or backup, target, lambda job: self._runner.restore(job, backup, options)
+        )
 
     def start_recover(self) -> Job:
         """Queue a recovery of what dead jobs left. Raises ``Busy`` when one is under way."""
@@ -102,14 +105,14 @@ class JobManager:
         for job in active:
             await job.wait()
 
-    def _start(self, kind: str, vm: str, resource: str, work: Work) -> Job:
+    def _start(self, kind: str, vm: str, resource: str | None, work: Work) -> Job:
         if self._closing:
             raise Busy("vmbackupd is stopping: ask again when it has been started")
         if kind != "recover" and not vm.strip():
             raise InvalidArgument("the VM has no name")
-        self._refuse_claimed(resource, None)
         job = Job(self._new_id(), kind, vm, self._changed, self._cancel)
-        self._claims[resource] = job
+        if resource is not None:
+            self._claim(job, resource)
         self._jobs[job.id] = job
         self._changed(job, {"new"})
         self._queue.append((job, work))
@@ -155,8 +158,9 @@ class JobManager:
             wrapped.__cause__ = error
             self._finish(job, JobState.FAILED, error=wrapped)
 
-    def _finish(self, job: Job, state: JobState, *, result: Result | None = None,
-                error: BackupError | None = None) -> None:
+    def _finish(
+        self, job: Job, state: JobState, *, result: Result | None = None, error: BackupError | None = None
+    ) -> None:
         self._claims = {resource: owner for resource, owner in self._claims.items() if owner is not job}
         job.finish(state, result=result, error=error)
         if not self._closing:
@@ -167,12 +171,8 @@ class JobManager:
             self._changed(old, {"removed"})
 
     def _claim(self, job: Job, resource: str) -> None:
-        self._refuse_claimed(resource, job)
-        self._claims[resource] = job
-
-    def _refuse_claimed(self, resource: str, job: Job | None) -> None:
-        owner = self._claims.get(resource)
-        if owner is not None and owner is not job:
+        owner = self._claims.setdefault(resource, job)
+        if owner is not job:
             what = resource.partition(":")[2] or resource
             raise Busy(f"{what}: job {owner.id} ({owner.kind}, {owner.state}) works on it; wait for it or cancel it")
 

@@ -48,7 +48,8 @@ class RestoreOptions:
         for volume, target in self.volumes.items():
             if not volume or not (target.startswith("/") or "://" in target):
                 raise InvalidArgument(
-                    f"the target of volume {volume!r} must be an absolute path or a URL, not {target!r}")
+                    f"the target of volume {volume!r} must be an absolute path or a URL, not {target!r}"
+                )
         if self.revert is RevertMode.BOTH:
             raise InvalidArgument("a restore reverts, or uses what was reverted at backup time: not both")
         if self.dry_run and self.start:

@@ -10,7 +10,8 @@ from vmbackupd.job.coverage import DiskPlan
 
 
 async def prepare(ctx: BackupContext, plans: Iterable[DiskPlan], *, scratch: bool = False) -> dict[str, str]:
-    """Make the overlay files of ``plans`` (and of the scratch disk), each journaled first; returns ``{target: path}``."""
+    """Make the overlay files of ``plans`` (and of the scratch disk), each journaled first; returns ``{target:
+    path}``."""
     paths = {plan.target: overlay_path(ctx, plan) for plan in plans if plan.target is not None}
     if scratch:
         paths[ctx.scratch_target] = f"{ctx.scratch}.t2"

@@ -42,8 +42,12 @@ class Recovered:
     failed: tuple[FailedUndo, ...]
 
     def to_dict(self) -> dict[str, object]:
-        return {"job": self.job, "vm": self.vm, "undone": list(self.undone),
-                "failed": [{"undo": item.undo, "error": item.error} for item in self.failed]}
+        return {
+            "job": self.job,
+            "vm": self.vm,
+            "undone": list(self.undone),
+            "failed": [{"undo": item.undo, "error": item.error} for item in self.failed],
+        }
 
 
 async def recover(hypervisor: Hypervisor, path: Path) -> Recovered:
@@ -60,8 +64,9 @@ async def recover(hypervisor: Hypervisor, path: Path) -> Recovered:
         unwound = task.result()
     finally:
         journal.close()
-    log.info("VM %s: recovered job %s: %d undone, %d failed", header.vm, header.job, len(unwound.undone),
-             len(unwound.failed))
+    log.info(
+        "VM %s: recovered job %s: %d undone, %d failed", header.vm, header.job, len(unwound.undone), len(unwound.failed)
+    )
     if cancelled:
         raise asyncio.CancelledError
     failed = tuple(FailedUndo(name, str(error)) for name, error in unwound.failed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,12 @@ from vmbackupd.job.faultpoints import reach
 from vmbackupd.job.job import JobContext, Result
 from vmbackupd.job.journal import Header, Journal
 from vmbackupd.job.options import BackupOptions, RestoreOptions
-from vmbackupd.job.steps import inspect
+from vmbackupd.job.steps import inspect, release
 from vmbackupd.job.undo import UndoContext, unwind
 from vmbackupd.repository import LocalStorage, Repository
 from vmbackupd.restore.execute import execute
+from vmbackupd.restore.newfile import OnEffect
+from vmbackupd.restore.plan import RestorePlan
 from vmbackupd.restore.planner import make_plan
 
 log = logging.getLogger("job.runner")
@@ -46,52 +48,63 @@ class JobRunner:
     async def backup(self, job: JobContext, vm: str, options: BackupOptions) -> Result:
         """Back ``vm`` up; see :class:`vmbackupd.job.job.Runner`."""
         began = time.monotonic()
-        repository = await asyncio.to_thread(self._open_repository)
-        domain = await self._claim(job, vm)
-        async with self._context(job, domain, options) as ctx:
-            ctx.repository = repository
-            ctx.writer = await asyncio.to_thread(repository.writer)
-            timeline = await pipeline.run(ctx)
-            assert ctx.manifest is not None and ctx.coverage is not None
-            return listing.backup_result(ctx.manifest, timeline, time.monotonic() - began)
+        with await asyncio.to_thread(self._open_repository) as repository:
+            domain = await self._claim(job, vm)
+            async with self._context(job, domain, options) as ctx:
+                ctx.writer = await asyncio.to_thread(repository.writer)
+                timeline = await pipeline.run(ctx)
+                assert ctx.manifest is not None
+                return listing.backup_result(ctx.manifest, timeline, time.monotonic() - began)
 
     async def inspect(self, job: JobContext, vm: str) -> Result:
         """What a backup of ``vm`` would do with each of its devices."""
         domain = await self._claim(job, vm)
         async with self._context(job, domain, BackupOptions()) as ctx:
-            await pipeline.run(ctx, (("inspect", inspect.look), ("release", pipeline.release.run)))
+            await pipeline.run(ctx, (("inspect", inspect.look), ("release", release.run)))
             assert ctx.coverage is not None
             return listing.inspection(domain, ctx.coverage)
 
     async def restore(self, job: JobContext, backup: str, options: RestoreOptions) -> Result:
         """Restore ``backup``, or plan it."""
         job.observer.step("plan")
-        repository = await asyncio.to_thread(self._open_repository)
-        manifest = await asyncio.to_thread(repository.manifest, backup)
-        daemon = partial(StorageDaemon, self.config.runtime_directory)
-        plan = await make_plan(manifest, options, repository=repository, hypervisor=self.hypervisor, storage_daemon=daemon)
-        if options.dry_run:
-            return plan.as_dict()
-        plan.require_sound()
-        name = plan.domain.name if plan.domain else ""
-        job.claim(f"vm:{name}")
-        for volume in plan.volumes:
-            job.claim(f"target:{volume.target}")
-        job.observer.expect(plan.size)
-        journal = Journal.create(self.journals, Header(job.id, "restore", name, plan.domain.uuid if plan.domain else ""))
+        with await asyncio.to_thread(self._open_repository) as repository:
+            manifest = await asyncio.to_thread(repository.manifest, backup)
+            daemon = partial(StorageDaemon, self.config.runtime_directory)
+            plan = await make_plan(
+                manifest, options, repository=repository, hypervisor=self.hypervisor, storage_daemon=daemon
+            )
+            if options.dry_run:
+                return plan.as_dict()
+            plan.require_sound()
+            for volume in plan.volumes:
+                job.claim(f"target:{volume.target}")
+            job.observer.expect(plan.size)
+            async with self._restore_journal(job, plan) as on_effect:
+                return await execute(
+                    plan,
+                    repository=repository,
+                    manifest=manifest,
+                    storage_daemon=daemon,
+                    hypervisor=self.hypervisor,
+                    observer=job.observer,
+                    on_effect=on_effect,
+                )
+
+    @asynccontextmanager
+    async def _restore_journal(self, job: JobContext, plan: RestorePlan) -> AsyncIterator[OnEffect]:
+        """The journal of a restore. ``execute`` undoes its own effects when it fails; what it could not is tried
+        once more here, and then left to a recovery."""
+        name, uuid = (plan.domain.name, plan.domain.uuid) if plan.domain is not None else ("", "")
+        if name:
+            job.claim(f"vm:{name}")
+        journal = Journal.create(self.journals, Header(job.id, "restore", name, uuid))
         try:
-            result = await execute(plan, repository=repository, manifest=manifest, storage_daemon=daemon,
-                                   hypervisor=self.hypervisor, observer=job.observer,
-                                   on_effect=lambda undo, argument: _record(journal, undo, argument))
-        except BaseException:
-            # execute has undone what it did; what it could not is undone here or stays written down
-            task, _ = await to_the_end(unwind(UndoContext(self.hypervisor, job.id, name, journal.header.uuid), journal))
-            task.result()
-            raise
-        else:
+            yield partial(_record, journal)
             for entry in journal.pending:
                 journal.done(entry)
-            return result
+        except BaseException:
+            await to_the_end(unwind(UndoContext(self.hypervisor, job.id, name, uuid), journal))
+            raise
         finally:
             journal.close()
 
@@ -107,43 +120,59 @@ class JobRunner:
                 job.observer.warning(f"VM {item.vm}: {failed.undo}: {failed.error}")
         if any(item.failed for item in recovered):
             first = next(item for item in recovered if item.failed)
-            raise HypervisorError(f"VM {first.vm}: {first.failed[0].undo} of job {first.job} could not be undone: "
-                                  f"{first.failed[0].error}; mend that, then run vmbackupctl recover again")
+            raise HypervisorError(
+                f"VM {first.vm}: {first.failed[0].undo} of job {first.job} could not be undone: "
+                f"{first.failed[0].error}; mend that, then run vmbackupctl recover again"
+            )
         return {"recovered": [item.to_dict() for item in recovered]}
 
     # Listings
 
     async def list_machines(self) -> list[Result]:
         """Every domain of the hypervisor."""
-        return [{"name": name, "uuid": uuid, "running": running}
-                for name, uuid, running in await self.hypervisor.domains()]
+        return [
+            {"name": name, "uuid": uuid, "running": running} for name, uuid, running in await self.hypervisor.domains()
+        ]
 
     async def list_backups(self, vm: str | None) -> list[Result]:
         """Backups of ``vm`` or all, oldest first."""
-        def read() -> list[Result]:
-            return [listing.summary(backup) for backup in self._open_repository().backups()]
 
-        return [item for item in await asyncio.to_thread(read) if vm in (None, item["vm"], item["uuid"])]
+        def read() -> list[Result]:
+            with self._open_repository() as repository:
+                return [
+                    backup.to_json()
+                    for backup in repository.backups()
+                    if vm is None or backup.error is not None or vm in (backup.vm_name, backup.vm_uuid)
+                ]
+
+        return await asyncio.to_thread(read)
 
     async def show_backup(self, backup: str) -> Result:
         """The manifest of one backup, with its proof."""
+
         def read() -> Result:
-            return listing.shown(self._open_repository().manifest(backup))
+            with self._open_repository() as repository:
+                return listing.shown(repository.manifest(backup))
 
         return await asyncio.to_thread(read)
 
     async def init_repository(self) -> Result:
         """Make the configured repository."""
+
         def create() -> Result:
-            repository = Repository.create(LocalStorage(self.config.repository.path, create=True))
-            return listing.repository(repository, self.config.repository.path)
+            storage = LocalStorage(self.config.repository.path)
+            storage.create()
+            with Repository.create(storage) as repository:
+                return repository.info()
 
         return await asyncio.to_thread(create)
 
     async def repository_info(self) -> Result:
         """Facts about the configured repository."""
+
         def read() -> Result:
-            return listing.repository(self._open_repository(), self.config.repository.path)
+            with self._open_repository() as repository:
+                return repository.info()
 
         return await asyncio.to_thread(read)
 
@@ -163,21 +192,30 @@ class JobRunner:
             job.observer.step("recover")
             recovered = await recovery.recover(self.hypervisor, path)
             for failed in recovered.failed:
-                raise HypervisorError(f"VM {domain.name}: an earlier job ({recovered.job}) left something that cannot be undone: "
-                                      f"{failed.undo}: {failed.error}; mend that, then run vmbackupctl recover")
+                raise HypervisorError(
+                    f"VM {domain.name}: an earlier job ({recovered.job}) left something that cannot be undone: "
+                    f"{failed.undo}: {failed.error}; mend that, then run vmbackupctl recover"
+                )
         return await self.hypervisor.domain(domain.uuid)
 
     @asynccontextmanager
-    async def _context(self, job: JobContext, domain: DomainInfo, options: BackupOptions) -> AsyncIterator[BackupContext]:
+    async def _context(
+        self, job: JobContext, domain: DomainInfo, options: BackupOptions
+    ) -> AsyncIterator[BackupContext]:
         await reach("job:claimed")
         journal = Journal.create(self.journals, Header(job.id, "backup", domain.name, domain.uuid))
         undo = UndoContext(self.hypervisor, job.id, domain.name, domain.uuid)
-        ctx = BackupContext(job.id, domain.name, options, self.config, self.hypervisor, job.observer, journal, undo, domain)
+        ctx = BackupContext(
+            job.id, domain.name, options, self.config, self.hypervisor, job.observer, journal, undo, domain
+        )
         try:
             yield ctx
         finally:
-            for what, close in (("guest helper", ctx.close_helper), ("storage daemon", ctx.close_storage),
-                                ("repository writer", ctx.abort_writer)):
+            for what, close in (
+                ("guest helper", ctx.close_helper),
+                ("storage daemon", ctx.close_storage),
+                ("repository writer", ctx.abort_writer),
+            ):
                 try:
                     await close()
                 except (BackupError, OSError) as error:
@@ -185,5 +223,7 @@ class JobRunner:
             journal.close()
 
 
-def _record(journal: Journal, undo: str, argument: str) -> None:
-    journal.record(undo, **{"uuid" if undo == "undefine" else "path": argument})
+def _record(journal: Journal, undo: str, argument: str) -> Callable[[], None]:
+    """Write an undo of a restore down; returns what takes it back when there is nothing to undo after all."""
+    entry = journal.record(undo, **{"uuid" if undo == "undefine" else "path": argument})
+    return partial(journal.done, entry)

@@ -16,8 +16,8 @@ MINIMUM = 8  # chunks: header, one metadata area, some data
 def full_size(volume: int, chunk: int) -> int:
     """Bytes of a store that holds every chunk of a volume of ``volume`` bytes.
 
-    The store has a header chunk, and a metadata chunk for every ``chunk / 16`` exceptions plus the one that is zeroed ahead
-    (Linux drivers/md/dm-snap-persistent.c, and lib/metadata/snapshot_manip.c of LVM2 for the bound).
+    The store has a header chunk, and a metadata chunk for every ``chunk / 16`` exceptions plus the one that is
+    zeroed ahead (Linux drivers/md/dm-snap-persistent.c, and lib/metadata/snapshot_manip.c of LVM2 for the bound).
     """
     chunks = -(-volume // chunk)
     per_area = chunk // 16

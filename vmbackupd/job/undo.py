@@ -66,7 +66,8 @@ async def thaw(ctx: UndoContext, args: dict[str, str]) -> None:
 
 
 async def release_snapshots(ctx: UndoContext, args: dict[str, str]) -> None:
-    """Drop the snapshots in the guest: through the connection we have, a new one to the same helper, or a new helper."""
+    """Drop the snapshots in the guest: through the connection we have, a new one to the same helper, or a new
+    helper."""
     try:
         helper = await _connected(ctx, args)
         await helper.release()
@@ -94,8 +95,9 @@ async def _connected(ctx: UndoContext, args: dict[str, str]) -> GuestHelper:
 
 
 async def _drop_helper(ctx: UndoContext, error: BaseException) -> None:
-    log.warning("VM %s: the guest helper of job %s does not answer (%s); starting another to clean up",
-                ctx.vm, ctx.job, error)
+    log.warning(
+        "VM %s: the guest helper of job %s does not answer (%s); starting another to clean up", ctx.vm, ctx.job, error
+    )
     helper, ctx.helper = ctx.helper, None
     if helper is not None:
         await helper.close()
@@ -176,8 +178,9 @@ async def unwind(ctx: UndoContext, journal: Journal, only: str | None = None) ->
     still uses is not deleted.
     """
     result = Unwound()
-    ordered = [entry for entry in sorted(journal.pending, key=lambda entry: entry.undo != "thaw")
-               if only in (None, entry.undo)]
+    ordered = [
+        entry for entry in sorted(journal.pending, key=lambda entry: entry.undo != "thaw") if only in (None, entry.undo)
+    ]
     in_use: set[str] = set()
     for entry in ordered:
         name = describe(entry)

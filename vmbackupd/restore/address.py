@@ -14,8 +14,7 @@ from vmbackupd.errors import InvalidArgument
 ISCSI_PORT = 3260
 
 SYNTAX = ("VOLUME=TARGET, where TARGET is an absolute path (ending in .qcow2: a qcow2 file; an existing block device:"
-          " that"
-          " device; any other path: a raw file), iscsi://HOST[:PORT]/IQN/LUN, or none to leave the volume out")
+          " that device; any other path: a raw file), iscsi://HOST[:PORT]/IQN/LUN, or none to leave the volume out")
 
 # An IQN has colons but no slash (RFC 3720 3.2.6); a literal IPv6 address stands in brackets, as in every URL.
 _ISCSI = re.compile(r"iscsi://(?P<host>\[[0-9A-Fa-f:.]+\]|[^/:\[\]@]+)(?::(?P<port>\d{1,5}))?"

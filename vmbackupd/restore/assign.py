@@ -16,8 +16,7 @@ def assign_targets(vm: str, volumes: Sequence[VolumeRecord], stated: Mapping[str
     """The target of each volume by id, None for one that is left out. Raises ``InvalidArgument``.
 
     A volume without a stated target goes into ``directory``: a virtual disk to ``<id>.qcow2``, a pass-through volume
-    to a
-    raw file, which an iSCSI target or ``dd`` can take as it is.
+    to a raw file, which an iSCSI target or ``dd`` can take as it is.
     """
     _refuse_unknown(vm, volumes, stated)
     if directory is not None and not directory.startswith("/"):
@@ -53,7 +52,8 @@ def _refuse_unknown(vm: str, volumes: Sequence[VolumeRecord], stated: Mapping[st
 def _settled(target: Target | None) -> Target | None:
     """Follow a link that stands in a file's place: renaming over it would leave the file it leads to as it was.
 
-    A device keeps the name it was given, for names in /dev/disk/by-id outlive the next boot and ``/dev/sdb`` does not.
+    A device keeps the name it was given, for names in /dev/disk/by-id outlive the next boot and ``/dev/sdb`` does
+    not.
     """
     if target is not None and target.is_file and os.path.islink(target.file):
         return Target(target.kind, os.path.realpath(target.file))

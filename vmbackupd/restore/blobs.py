@@ -18,7 +18,8 @@ TPM_DIRECTORY = "/var/lib/libvirt/swtpm"
 _TPM_SUBDIRECTORIES = {"2.0": "tpm2", "1.2": "tpm1.2"}
 
 
-def plan_files(config: Mapping[str, str], xml: str, *, name: str, uuid: str, directory: str | None) -> tuple[BlobPlan, ...]:
+def plan_files(config: Mapping[str, str], xml: str, *, name: str, uuid: str, directory: str | None,
+               ) -> tuple[BlobPlan, ...]:
     """Where the blobs of ``config`` (name -> blob id) go for the domain ``name``."""
     files: list[BlobPlan] = []
     uefi, old = nvram_of(xml)

@@ -18,8 +18,7 @@ def choose_writing(record: VolumeRecord, target: Target, found: Found, force: bo
     """How ``target`` will be written; adds to ``problems`` what forbids it and to ``notes`` what is good to know.
 
     A raw file that is there is written in place, as a device is: it may be preallocated or lie where its owner wants
-    it.
-    A qcow2 file is replaced, since its own snapshots, backing file and size would survive writing into it.
+    it. A qcow2 file is replaced, since its own snapshots, backing file and size would survive writing into it.
     """
     volume = f"volume {record.id}"
     problems += [f"{volume}: {target} is in use: {user}; free it or name another target (--force does not change this)"
@@ -55,7 +54,8 @@ def path_problems(directory: str | None, targets: Mapping[str, Target | None], p
     Only ``directory`` is made: a stated path in a directory that is not there is rather a typing mistake.
     """
     made = missing_directories(directory) if directory is not None else ()
-    parents = {os.path.dirname(target.file): volume for volume, target in targets.items() if target is not None and target.is_file}
+    files = {volume: target.file for volume, target in targets.items() if target is not None and target.is_file}
+    parents = {os.path.dirname(path): volume for volume, path in files.items()}
     for parent, volume in parents.items():
         existing = parent
         if parent in made:
@@ -64,9 +64,9 @@ def path_problems(directory: str | None, targets: Mapping[str, Target | None], p
             problems.append(f"volume {volume}: directory {parent} does not exist: create it or name another target")
         elif not os.access(existing, os.W_OK | os.X_OK):
             problems.append(f"volume {volume}: directory {existing} cannot be written to: name another target")
-    for volume, target in targets.items():
-        if target is not None and target.is_file and os.path.lexists(target.file + PART):
-            problems.append(f"volume {volume}: {target.file + PART} exists: another restore is writing there, or one"
+    for volume, path in files.items():
+        if os.path.lexists(path + PART):
+            problems.append(f"volume {volume}: {path + PART} exists: another restore is writing there, or one"
                             " was cut off;"
                             " wait for it, or remove the file")
     return made

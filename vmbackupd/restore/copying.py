@@ -61,7 +61,8 @@ def _named(repository: Repository, manifest: Manifest, target: OpenTarget, progr
         return write_volume(repository, manifest, target.plan, target, progress)
     except _NAMED as error:
         kind: type[BackupError] = type(error)
-        raise kind(f"VM {vm}: volume {target.plan.record.id} was not restored to {target.plan.target}: {error}") from error
+        plan = target.plan
+        raise kind(f"VM {vm}: volume {plan.record.id} was not restored to {plan.target}: {error}") from error
 
 
 async def _settle(tasks: set[asyncio.Task[int]]) -> None:

@@ -66,7 +66,8 @@ def _free_character_device(device: Element, notes: list[str]) -> None:
     sources = device.findall("source")
     automatic = kind == "pty" or (kind == "unix" and device.tag == "channel")
     if not automatic:
-        shown = " ".join(source.get("path") or f"{source.get('host', '*')}:{source.get('service', '')}" for source in sources)
+        shown = " ".join(source.get("path") or f"{source.get('host', '*')}:{source.get('service', '')}"
+                         for source in sources)
         device.set("type", "pty")
         notes.append(f"{what}: was connected to {kind} {shown} of the host, now a terminal of its own")
         for protocol in device.findall("protocol"):

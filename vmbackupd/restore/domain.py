@@ -1,9 +1,9 @@
 """The definition of the restored domain, made from the one in the backup. Pure: XML in, XML out.
 
-The restored machine must be able to run beside the one it was made from, so everything two domains cannot share is made
-new or removed: name, UUID, MAC addresses, variable store, sockets, ports, host devices. What the guest can see of its
-hardware stays: disks keep their targets and addresses, so that names in the guest do not change.
-Format of the XML: https://libvirt.org/formatdomain.html
+The restored machine must be able to run beside the one it was made from, so everything two domains cannot share is
+made new or removed: name, UUID, MAC addresses, variable store, sockets, ports, host devices. What the guest can see
+of its hardware stays: disks keep their targets and addresses, so that names in the guest do not change. Format of the
+XML: https://libvirt.org/formatdomain.html
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
 class Rewritten:
     """A definition and what its reader has to know.
 
-    ``attached`` are the ids of the volumes that are disks of the domain; ``notes`` are sentences on everything that was
-    dropped or changed beyond names; ``macs`` are (old, new) pairs in the order of the interfaces.
+    ``attached`` are the ids of the volumes that are disks of the domain; ``notes`` are sentences on everything that
+    was dropped or changed beyond names; ``macs`` are (old, new) pairs in the order of the interfaces.
     """
 
     xml: str

@@ -32,15 +32,16 @@ class Observer(Protocol):
     def warning(self, text: str) -> None: ...
 
 
-async def execute(plan: RestorePlan, *, repository: Repository, manifest: Manifest, storage_daemon: StorageDaemonFactory,
-                  hypervisor: Hypervisor | None, observer: Observer, on_effect: OnEffect) -> dict[str, object]:
+async def execute(plan: RestorePlan, *, repository: Repository, manifest: Manifest,
+                  storage_daemon: StorageDaemonFactory, hypervisor: Hypervisor | None, observer: Observer,
+                  on_effect: OnEffect) -> dict[str, object]:
     """Restore; returns the plan as a dict, with what was done added.
 
     Each effect that a crash would leave behind is told to ``on_effect`` before it happens; undone newest first, they
-    leave
-    the host as it was. On failure and on cancellation this coroutine has undone them itself when it raises. Once the
-    domain is defined the restore is complete: a cancellation comes too late then, and a domain that does not start is a
-    warning. Raises ``TargetRefused``, ``RepositoryCorrupt``, ``StoreCorrupt``, ``SourceError``, ``HypervisorError``.
+    leave the host as it was. On failure and on cancellation this coroutine has undone them itself when it raises.
+    Once the domain is defined the restore is complete: a cancellation comes too late then, and a domain that does not
+    start is a warning. Raises ``TargetRefused``, ``RepositoryCorrupt``, ``StoreCorrupt``, ``SourceError``,
+    ``HypervisorError``.
     """
     plan.require_sound()
     for note in plan.notes:
@@ -75,7 +76,8 @@ async def execute(plan: RestorePlan, *, repository: Repository, manifest: Manife
                                 ) from error
         raise
     started = await _start(plan, hypervisor, observer)
-    return {**plan.as_dict(), "reverted_chunks": reverted, "seconds": round(time.monotonic() - began, 3), "started": started}
+    seconds = round(time.monotonic() - began, 3)
+    return {**plan.as_dict(), "reverted_chunks": reverted, "seconds": seconds, "started": started}
 
 
 async def _define(domain: DomainPlan, hypervisor: Hypervisor | None, on_effect: OnEffect) -> None:

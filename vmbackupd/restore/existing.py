@@ -1,8 +1,7 @@
 """What lies at a target now: how much it can hold, and whether it holds anything.
 
 A look is a sample, not a proof: the first 4 MiB (partition tables, LVM labels, superblocks), the last 1 MiB (backup
-GPT,
-old md superblocks), and pieces spread evenly over the rest, or over a file's allocated extents.
+GPT, old md superblocks), and pieces spread evenly over the rest, or over a file's allocated extents.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmbackupd.errors import NotFound
+from vmbackupd.errors import HypervisorError, NotFound
 from vmbackupd.hypervisor.base import DiskSource, Hypervisor
 from vmbackupd.restore.address import Target
 
@@ -36,7 +36,7 @@ class DomainDiskUse:
         return f"disk {self.target} of the {'running' if self.running else 'defined'} VM {self.domain}"
 
 
-async def domain_disks(hypervisor: Hypervisor) -> list[DomainDiskUse]:
+async def domain_disks(hypervisor: Hypervisor, notes: list[str]) -> list[DomainDiskUse]:
     """Every disk of every domain, with the files of its whole chain."""
     uses: list[DomainDiskUse] = []
     for name, uuid, running in await hypervisor.domains():
@@ -44,9 +44,13 @@ async def domain_disks(hypervisor: Hypervisor) -> list[DomainDiskUse]:
             info = await hypervisor.domain(uuid)
         except NotFound:
             continue  # undefined since it was listed
+        except HypervisorError as error:
+            notes.append(f"the disks of VM {name} are not known ({error}): targets were not compared with them")
+            continue
         for disk in info.disks:
             own = (disk.source.path,) if disk.source is not None and disk.source.path else ()
-            uses.append(DomainDiskUse(name, uuid, running, disk.target, disk.source, tuple(dict.fromkeys(own + disk.chain))))
+            paths = tuple(dict.fromkeys(own + disk.chain))
+            uses.append(DomainDiskUse(name, uuid, running, disk.target, disk.source, paths))
     return uses
 
 

@@ -83,7 +83,7 @@ async def _look_at_lun(target: Target, storage_daemon: StorageDaemonFactory) -> 
 
 def _sample(socket: str, export: str) -> Found:
     with closing(NbdConnection(unix=socket, export=export)) as connection:
-        data = first_data(lambda offset, length: connection.pread(offset, length), connection.size)
+        data = first_data(connection.pread, connection.size)
         return Found(Content.EMPTY if data is None else Content.DATA, connection.size, data or "zeros")
 
 

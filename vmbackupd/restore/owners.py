@@ -10,7 +10,8 @@ from vmbackupd.restore.inuse import DomainDiskUse, file_key, users_of_lun, users
 from vmbackupd.restore.plan import Found
 
 
-def target_users(target: Target, found: Found, uses: list[DomainDiskUse], manifest: Manifest, running: bool) -> list[str]:
+def target_users(target: Target, found: Found, uses: list[DomainDiskUse], manifest: Manifest, running: bool,
+                 ) -> list[str]:
     """Uses by running domains that forbid writing to ``target``. ``running`` is whether the VM of the backup runs.
 
     Disks of domains that are off count as data, not as use: restoring over them is what ``--force`` is for.

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from vmbackupd.errors import TargetRefused
 from vmbackupd.model import VolumeRecord
-from vmbackupd.restore.address import Target, TargetKind
+from vmbackupd.restore.address import Target
 from vmbackupd.restore.inuse import place
 
 
@@ -26,8 +26,7 @@ class Writing(StrEnum):
     """How a target comes to hold its volume.
 
     ``CREATE`` and ``REPLACE`` write a new file beside the final name and rename it when the whole restore has
-    succeeded;
-    ``IN_PLACE`` writes over a device, a LUN or an existing raw file.
+    succeeded; ``IN_PLACE`` writes over a device, a LUN or an existing raw file.
     """
 
     CREATE = "create"
@@ -39,8 +38,8 @@ class Writing(StrEnum):
 class Found:
     """A target as it is now. ``size`` is what it can hold, None where that does not limit it (a file to be made).
 
-    ``identity`` holds model, serial, wwn and so on where the host knows them; ``users`` are readable, one for each use
-    that forbids writing.
+    ``identity`` holds model, serial, wwn and so on where the host knows them; ``users`` are readable, one for each
+    use that forbids writing.
     """
 
     content: Content
@@ -56,8 +55,8 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class VolumePlan:
-    """One volume on its way to its target. ``tree`` is the image to copy; ``revert`` says that it is T2's and has to be
-    set back to T1 from the backup's COW stores."""
+    """One volume on its way to its target. ``tree`` is the image to copy; ``revert`` says that it is T2's and has to
+    be set back to T1 from the backup's COW stores."""
 
     record: VolumeRecord
     target: Target
@@ -156,18 +155,20 @@ class RestorePlan:
 
     def as_dict(self) -> dict[str, object]:
         domain = self.domain
-        return {"backup": self.backup, "vm": self.vm, "name": domain.name if domain else None,
-                "uuid": domain.uuid if domain else None, "directory": self.directory, "volumes": [volume.as_dict() for volume in self.volumes],
-                "left_out": list(self.left_out), "directories": list(self.directories),
-                "files": [blob.as_dict() for blob in self.blobs],
-                "domain": None if domain is None else domain.as_dict(),
-                "present_to_guest": [entry.as_dict() for entry in self.presentations],
-                "notes": list(self.notes), "problems": list(self.problems), "force": self.force, "start": self.start}
-
-
-def write_words(volume: VolumePlan) -> str:
-    """How ``volume`` will be written, for a person: a step's name and messages are made of it."""
-    kind = {TargetKind.QCOW2: "qcow2 file", TargetKind.RAW: "raw file", TargetKind.BLOCK: "block device",
-            TargetKind.ISCSI: "iSCSI LUN"}[volume.target.kind]
-    verb = {Writing.CREATE: "new", Writing.REPLACE: "replaced", Writing.IN_PLACE: "overwritten"}[volume.writing]
-    return f"{verb} {kind} {volume.target}"
+        return {
+            "backup": self.backup,
+            "vm": self.vm,
+            "name": domain.name if domain else None,
+            "uuid": domain.uuid if domain else None,
+            "directory": self.directory,
+            "volumes": [volume.as_dict() for volume in self.volumes],
+            "left_out": list(self.left_out),
+            "directories": list(self.directories),
+            "files": [blob.as_dict() for blob in self.blobs],
+            "domain": domain.as_dict() if domain else None,
+            "present_to_guest": [entry.as_dict() for entry in self.presentations],
+            "notes": list(self.notes),
+            "problems": list(self.problems),
+            "force": self.force,
+            "start": self.start,
+        }

@@ -37,8 +37,8 @@ class _Findings:
     problems: list[str]
 
 
-async def make_plan(manifest: Manifest, request: RestoreOptions, *, repository: Repository, hypervisor: Hypervisor | None,
-                    storage_daemon: StorageDaemonFactory) -> RestorePlan:
+async def make_plan(manifest: Manifest, request: RestoreOptions, *, repository: Repository,
+                    hypervisor: Hypervisor | None, storage_daemon: StorageDaemonFactory) -> RestorePlan:
     """The checked plan of restoring ``manifest`` as ``request`` says. Without a hypervisor no domain is planned.
 
     Raises ``InvalidArgument`` where the request makes no sense whatever the targets hold; everything that a look at
@@ -49,7 +49,7 @@ async def make_plan(manifest: Manifest, request: RestoreOptions, *, repository: 
     targets = assign_targets(vm, manifest.volumes, request.volumes, request.directory)
     findings = _Findings([], [])
     directories = path_problems(request.directory, targets, findings.problems)
-    uses = await domain_disks(hypervisor) if hypervisor is not None else []
+    uses = await domain_disks(hypervisor, findings.notes) if hypervisor is not None else []
     running = any(use.running and use.uuid == manifest.vm.uuid for use in uses)
     volumes = [await _plan_volume(manifest, record, target, request, uses, running, storage_daemon, findings)
                for record in manifest.volumes if (target := targets[record.id]) is not None]
@@ -74,7 +74,8 @@ async def make_plan(manifest: Manifest, request: RestoreOptions, *, repository: 
 def _domain_name(vm: str, wanted: str | None) -> str:
     name = vm if wanted is None else wanted
     # libvirt's own rules (no slash, not empty, printable), and a length that leaves room in file names
-    if not name.strip() or "/" in name or not name.isprintable() or len(name.encode()) > NAME_LIMIT or name.startswith("."):
+    shown = name.strip() and name.isprintable() and len(name.encode()) <= NAME_LIMIT
+    if not shown or "/" in name or name.startswith("."):
         raise InvalidArgument(f"VM {vm}: {name!r} cannot be the name of a VM: expected printable characters without a"
                               " slash or a"
                               f" leading dot, at most {NAME_LIMIT} bytes; choose one with --name")
@@ -86,6 +87,8 @@ async def _name_problems(hypervisor: Hypervisor, name: str) -> list[str]:
         taken = await hypervisor.domain(name)
     except NotFound:
         return []
+    if taken.name != name:
+        return []  # found by its UUID
     return [f"a VM named {name} exists already (UUID {taken.uuid}); a restore never replaces a VM, with --force"
             " neither:"
             " choose another name with --name"]

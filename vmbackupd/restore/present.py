@@ -9,6 +9,8 @@ from vmbackupd.repository.manifest import Manifest
 from vmbackupd.restore.address import Target
 from vmbackupd.restore.plan import Presentation
 
+_FACTS = ("iscsi", "guest_name", "transport", "serial", "wwn")
+
 
 def presentations(manifest: Manifest, volumes: Sequence[tuple[VolumeRecord, Target]], attached: frozenset[str],
                   ) -> tuple[Presentation, ...]:
@@ -18,8 +20,7 @@ def presentations(manifest: Manifest, volumes: Sequence[tuple[VolumeRecord, Targ
 
 
 def _presentation(manifest: Manifest, record: VolumeRecord, target: Target) -> Presentation:
-    facts: dict[str, object] = {key: record.details[key] for key in ("iscsi", "guest_name", "transport", "serial", "wwn")
-                                if record.details.get(key) is not None}
+    facts = {key: record.details[key] for key in _FACTS if record.details.get(key) is not None}
     initiator = manifest.guest.get("initiator")
     if initiator is not None:
         facts["initiator"] = initiator
@@ -36,8 +37,6 @@ def _sentence(record: VolumeRecord, target: Target, initiator: object) -> str:
         return f"present {target} to the guest as {was}{known}"
     new = target.iscsi
     if (new.iqn, new.lun) == (iscsi.get("iqn"), iscsi.get("lun")):
-        return f"the guest logs in to {was}{known}: let it reach that LUN, now on {new.portal}, and not the original"
-               " one"
-    return (f"the guest logs in to {was}{known}: either present {target} to it under that name, or let the guest log"
-            " in to"
-            f" {new.iqn} at {new.portal} and find LUN {new.lun} there")
+        return f"the guest logs in to {was}{known}: let it reach that LUN, now on {new.portal}, not the original"
+    return (f"the guest logs in to {was}{known}: either present {target} to it under that name, or let the guest log in"
+            f" to {new.iqn} at {new.portal} and find LUN {new.lun} there")

@@ -1,13 +1,13 @@
 """The revert plan of one disk, from the COW stores in the stored image of the scratch disk. One piece of code reverts
-at
-backup time and at restore time."""
+at backup time and at restore time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from vmbackupd.engine.cowstore import CowStore
-from vmbackupd.engine.revert import ReadableSource, RevertPlan
+from vmbackupd.engine.readable import ReadableSource
+from vmbackupd.engine.revert import RevertPlan
 from vmbackupd.engine.sink import ChunkSource
 from vmbackupd.model import VolumeMap
 

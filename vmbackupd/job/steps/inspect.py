@@ -28,8 +28,10 @@ async def look(ctx: BackupContext) -> None:
     if not ctx.domain.running:
         raise NotRunning(f"VM {ctx.vm} is not running: start it, a backup needs its running guest")
     if not ctx.domain.has_agent:
-        raise GuestAgentUnavailable(f"VM {ctx.vm} has no guest agent channel (org.qemu.guest_agent.0): add one to the "
-                                    "domain and install qemu-guest-agent in the guest")
+        raise GuestAgentUnavailable(
+            f"VM {ctx.vm} has no guest agent channel (org.qemu.guest_agent.0): add one to the "
+            "domain and install qemu-guest-agent in the guest"
+        )
     await ctx.agent("guest-ping", timeout=10.0)
     await _start_helper(ctx)
     await reach("inspect:helper")
@@ -39,12 +41,15 @@ async def look(ctx: BackupContext) -> None:
 
 async def _start_helper(ctx: BackupContext) -> None:
     name = f"org.vmbackupd.{ctx.job}.c"
-    socket = await ctx.effect("control", "detach_channel", ctx.hypervisor.attach_channel(ctx.domain.uuid, name), name=name)
+    socket = await ctx.effect(
+        "control", "detach_channel", ctx.hypervisor.attach_channel(ctx.domain.uuid, name), name=name
+    )
     await reach("inspect:channel")
 
     async def start() -> None:
-        ctx.undo.helper = await GuestHelper.start(ctx.bound_agent, socket, vm=ctx.vm, job=ctx.job, channel=name,
-                                                  lease=ctx.config.guest.lease)
+        ctx.undo.helper = await GuestHelper.start(
+            ctx.bound_agent, socket, vm=ctx.vm, job=ctx.job, channel=name, lease=ctx.config.guest.lease
+        )
 
     await ctx.effect("helper", "stop_helper", start(), socket=socket)
 
@@ -56,8 +61,10 @@ def refuse_uncovered(ctx: BackupContext) -> None:
     refused = [item for item in ctx.coverage.items if item.decision == "uncovered"]
     if refused:
         listed = "; ".join(f"{item.device} ({item.id}): {item.reason}" for item in refused)
-        raise UncoveredVolume(f"VM {ctx.vm}: {len(refused)} volume(s) cannot be captured: {listed}. Nothing was backed up. "
-                              "Allow a backup without one of them with --allow-uncovered ID")
+        raise UncoveredVolume(
+            f"VM {ctx.vm}: {len(refused)} volume(s) cannot be captured: {listed}. Nothing was backed up. "
+            "Allow a backup without one of them with --allow-uncovered ID"
+        )
     for item in ctx.coverage.items:
         if item.decision == "allowed":
             ctx.observer.warning(f"{item.device} ({item.id}) is not in this backup: {item.reason}")

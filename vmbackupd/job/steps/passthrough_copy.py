@@ -36,16 +36,20 @@ async def run(ctx: BackupContext) -> None:
 async def _copy(ctx: BackupContext, plan: DiskPlan) -> None:
     assert ctx.writer is not None
     channel = await open_data_channel(ctx.data_socket, timeout=CONNECT_DEADLINE)
-    source = await asyncio.to_thread(NbdConnection, fd=channel.detach(), export=plan.id)
+    with channel:  # the connection has its own duplicate
+        source = await asyncio.to_thread(NbdConnection, fd=channel.fileno(), export=plan.id)
     try:
         if source.size != plan.size:
-            raise GuestProtocolError(f"VM {ctx.vm}: the helper serves {plan.id} with {source.size} bytes, "
-                                     f"its report said {plan.size}")
+            raise GuestProtocolError(
+                f"VM {ctx.vm}: the helper serves {plan.id} with {source.size} bytes, its report said {plan.size}"
+            )
         sink = ctx.writer.image(source.size)
         progress = Progress()
         await ctx.engine(progress, lambda: copy_in(source, sink, progress), beside=lambda: _check(ctx))
         tree = await asyncio.to_thread(sink.finish)
-        ctx.captured[plan.id] = Captured(plan, tree=tree, bytes_read=progress.bytes_read, bytes_stored=sink.bytes_stored)
+        ctx.captured[plan.id] = Captured(
+            plan, tree=tree, bytes_read=progress.bytes_read, bytes_stored=sink.bytes_stored
+        )
     finally:
         await asyncio.to_thread(source.close)
 

@@ -18,7 +18,8 @@ CHUNK_SECTORS = 128  # 64 KiB: the chunk of the repository, so that a reverted c
 
 
 async def run(ctx: BackupContext) -> None:
-    """Set ``ctx.scratch``, ``ctx.data_socket`` and ``ctx.volume_maps``; the guest holds inactive snapshots afterwards."""
+    """Set ``ctx.scratch``, ``ctx.data_socket`` and ``ctx.volume_maps``; the guest holds inactive snapshots
+    afterwards."""
     assert ctx.coverage is not None
     if not ctx.coverage.volumes:
         return  # every disk is captured inside the freeze: nothing to snapshot in the guest, nothing to copy out of it
@@ -26,13 +27,16 @@ async def run(ctx: BackupContext) -> None:
     await reach("prepare:scratch")
     if ctx.coverage.pass_through:
         name = f"org.vmbackupd.{ctx.job}.d0"
-        ctx.data_socket = await ctx.effect("data", "detach_channel",
-                                           ctx.hypervisor.attach_channel(ctx.domain.uuid, name), name=name)
+        ctx.data_socket = await ctx.effect(
+            "data", "detach_channel", ctx.hypervisor.attach_channel(ctx.domain.uuid, name), name=name
+        )
     await reach("prepare:channel")
     prepared = await ctx.effect(
-        "snapshots", "release_snapshots",
+        "snapshots",
+        "release_snapshots",
         ctx.helper.prepare(scratch_serial=f"vmbk-{ctx.job}", chunk_sectors=CHUNK_SECTORS, volumes=_store_sizes(ctx)),
-        socket=ctx.entries["helper"].args["socket"])
+        socket=ctx.entries["helper"].args["socket"],
+    )
     ctx.volume_maps = tuple(_map(ctx, volume) for volume in prepared)
 
 
@@ -51,8 +55,11 @@ async def _attach_scratch(ctx: BackupContext) -> None:
     size = round_up(sum(_store_sizes(ctx).values()), MiB)
     await ctx.effect("scratch-file", "unlink", create_qcow2(ctx.scratch, size), path=ctx.scratch)
     ctx.scratch_target = await ctx.effect(
-        "scratch", "detach_scratch", ctx.hypervisor.attach_scratch(ctx.domain.uuid, ctx.scratch, f"vmbk-{ctx.job}"),
-        path=ctx.scratch)
+        "scratch",
+        "detach_scratch",
+        ctx.hypervisor.attach_scratch(ctx.domain.uuid, ctx.scratch, f"vmbk-{ctx.job}"),
+        path=ctx.scratch,
+    )
 
 
 def _map(ctx: BackupContext, volume: PreparedVolume) -> VolumeMap:
@@ -60,8 +67,10 @@ def _map(ctx: BackupContext, volume: PreparedVolume) -> VolumeMap:
     assert ctx.report is not None and ctx.coverage is not None
     device = ctx.report.by_devno(volume.device)
     if device is None or device.dm is None or device.dm.table != volume.table or device.size != volume.size:
-        raise GuestProtocolError(f"VM {ctx.vm}: the guest changed the table of {volume.name} between inspect and prepare; "
-                                 "run the backup again")
+        raise GuestProtocolError(
+            f"VM {ctx.vm}: the guest changed the table of {volume.name} between inspect and prepare; "
+            "run the backup again"
+        )
     ids = {plan.devno: plan.id for plan in ctx.coverage.plans if plan.devno is not None}
     segments, offset = [], 0
     for disk, disk_offset, length in flatten(ctx.report, volume.device):

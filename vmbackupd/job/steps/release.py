@@ -15,4 +15,6 @@ async def run(ctx: BackupContext) -> None:
     await ctx.close_storage()
     unwound = await uninterrupted(undo.unwind(ctx.undo, ctx.journal))
     for name, failure in unwound.failed:
-        raise HypervisorError(f"VM {ctx.vm}: {name} could not be undone: {failure}; run vmbackupctl recover") from failure
+        raise HypervisorError(
+            f"VM {ctx.vm}: {name} could not be undone: {failure}; run vmbackupctl recover"
+        ) from failure

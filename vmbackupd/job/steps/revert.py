@@ -6,11 +6,12 @@ The images are trees already stored, so a revert writes only the chunks it chang
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from vmbackupd.engine.revert import RevertPlan, revert_image
 from vmbackupd.job.context import BackupContext, Captured
 from vmbackupd.job.faultpoints import reach
-from vmbackupd.job.stores import revert_plan
+from vmbackupd.job.stores import parse, revert_plan
 from vmbackupd.model import RevertMode
 
 
@@ -21,11 +22,19 @@ async def run(ctx: BackupContext) -> None:
     """
     if ctx.store_tree is None:
         return
+    await asyncio.to_thread(_count_exceptions, ctx)
     for captured in ctx.captured.values():
         if captured.t2_tree is None:
             continue
         await asyncio.to_thread(_revert, ctx, captured)
         await reach("revert:one")
+
+
+def _count_exceptions(ctx: BackupContext) -> None:
+    """Parse every store, also those that no virtual disk needs: a store that is damaged is no proof of anything."""
+    assert ctx.writer is not None and ctx.store_tree is not None
+    store = ctx.writer.source(ctx.store_tree)
+    ctx.volume_maps = tuple(replace(volume, exceptions=parse(volume, store).count) for volume in ctx.volume_maps)
 
 
 def _revert(ctx: BackupContext, captured: Captured) -> None:

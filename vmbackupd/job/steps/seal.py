@@ -3,27 +3,77 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import time
 
 import vmbackupd
 from vmbackupd.job.context import BackupContext, Captured
-from vmbackupd.model import Consistency, RevertMode, VolumeRecord
-from vmbackupd.repository.manifest import Manifest
+from vmbackupd.model import Consistency, Method, RevertMode, VolumeRecord
+from vmbackupd.repository.manifest import Manifest, StoreRecord, VmIdentity
 
 
 async def run(ctx: BackupContext) -> None:
     """Publish the manifest; ``ctx.manifest`` is what was published."""
     assert ctx.writer is not None
-    ctx.manifest = manifest(ctx)
-    writer, ctx.writer = ctx.writer, None
-    try:
-        await asyncio.to_thread(writer.publish, ctx.manifest)
-    except BaseException:
-        await asyncio.to_thread(writer.abort)
-        raise
+    manifest = make_manifest(ctx)
+    await ctx.uninterrupted(asyncio.to_thread(ctx.writer.publish, manifest))
+    ctx.manifest = manifest
 
 
-def manifest(ctx: BackupContext) -> Manifest:
-    """The evidence of this backup: what was captured, when, how, and what was not."""
-    raise NotImplementedError
+def make_manifest(ctx: BackupContext) -> Manifest:
+    """The evidence of this backup: what was captured, when and how, and what was not."""
+    assert ctx.coverage is not None and ctx.report is not None
+    now = time.time()
+    keeps_t2 = ctx.store_tree is not None and ctx.options.revert is not RevertMode.BACKUP
+    return Manifest(
+        id=backup_id(ctx.vm, now),
+        vm=VmIdentity(ctx.vm, ctx.domain.uuid),
+        created=now,
+        t1=ctx.t1,
+        t2=ctx.t2,
+        freeze_ms=ctx.freeze_ms,
+        revert=ctx.options.revert,
+        volumes=tuple(_volume(ctx, ctx.captured[plan.id], keeps_t2) for plan in ctx.coverage.plans),
+        store=StoreRecord(ctx.store_tree, ctx.store_size) if keeps_t2 and ctx.store_tree is not None else None,
+        volume_maps=ctx.volume_maps,
+        coverage=ctx.coverage.items,
+        config=ctx.config_blobs,
+        guest={
+            "hostname": ctx.report.hostname,
+            "kernel": ctx.report.kernel,
+            "boot_id": ctx.report.boot_id,
+            "frozen_filesystems": ctx.frozen_filesystems,
+            "suspend_ms": ctx.suspend_ms,
+        },
+        tool_version=vmbackupd.__version__,
+    )
+
+
+def backup_id(vm: str, when: float) -> str:
+    """A name that sorts by time within a VM and is unique: ``web1-20261123T101500Z-1a2b3c4d``."""
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", vm)[:100]
+    return f"{name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(when))}-{secrets.token_hex(4)}"
+
+
+def _volume(ctx: BackupContext, captured: Captured, keeps_t2: bool) -> VolumeRecord:
+    plan = captured.plan
+    return VolumeRecord(
+        id=plan.id,
+        kind=plan.kind,
+        method=plan.method,
+        consistency=consistency(ctx),
+        size=plan.size,
+        tree=captured.tree,
+        t2_tree=captured.t2_tree if keeps_t2 and plan.method is Method.GUEST_SNAPSHOT else None,
+        bytes_read=captured.bytes_read,
+        bytes_stored=captured.bytes_stored,
+        reverted_chunks=captured.reverted_chunks,
+        details=plan.details,
+    )
+
+
+def consistency(ctx: BackupContext) -> Consistency:
+    """Filesystems were frozen, or the disks are as after a power cut. Whether an application prepared itself in a
+    hook of the guest agent is more than the agent tells."""
+    return Consistency.FILESYSTEM if ctx.frozen_filesystems > 0 else Consistency.CRASH

@@ -1,8 +1,9 @@
 """T1: freeze through the guest agent, snapshot all volumes in the guest at one instant, thaw.
 
 Inside the same freeze the hypervisor snapshots the virtual disks that have something live on them which the guest
-cannot snapshot (method ``freeze-window``). The freeze is measured from sending the freeze to the confirmed thaw. Past the budget
-the guest is thawed at once and the backup fails; should this process hang or die, the helper in the guest thaws it.
+cannot snapshot (method ``freeze-window``). The freeze is measured from sending the freeze to the confirmed thaw.
+Past the budget the guest is thawed at once and the backup fails; should this process hang or die, the helper in the
+guest thaws it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from vmbackupd.errors import FreezeBudgetExceeded, TopologyChanged
+from vmbackupd.errors import BackupError, FreezeBudgetExceeded, TopologyChanged
 from vmbackupd.host.udev import host_luns
 from vmbackupd.job import coverage, overlays
 from vmbackupd.job.context import BackupContext, uninterrupted
@@ -81,22 +82,30 @@ async def _frozen_section(ctx: BackupContext, paths: dict[str, str]) -> None:
     await ctx.helper.arm(budget + DEADMAN_MARGIN)
     ctx.entries["thaw"] = ctx.journal.record("thaw")
     freeze = _Freeze(budget)
-    over = False
+    failure: BaseException | None = None
     try:
         await _snapshot_frozen(ctx, freeze, paths)
-    except TimeoutError:
-        over = True
-    finally:
+    except BaseException as error:
+        failure = error
+    try:
         await ctx.undo_now("thaw")
-        ctx.freeze_ms = round((time.monotonic() - freeze.began) * 1000, 1)
-        if freeze.stragglers:
-            await asyncio.wait(freeze.stragglers, timeout=STRAGGLER_DEADLINE)
+    except (BackupError, OSError, TimeoutError) as error:
+        if failure is None:
+            raise
+        failure.add_note(f"and the thaw failed: {error}")  # it stays in the journal, and the unwinding tries again
+    ctx.freeze_ms = round((time.monotonic() - freeze.began) * 1000, 1)
+    if freeze.stragglers:
+        await asyncio.wait(freeze.stragglers, timeout=STRAGGLER_DEADLINE)
+    if failure is not None and not isinstance(failure, TimeoutError):
+        raise failure
     fired = await ctx.helper.disarm()
-    if over or fired or ctx.freeze_ms > budget * 1000:
+    if failure is not None or fired or ctx.freeze_ms > budget * 1000:
+        by_itself = " (it thawed by itself)" if fired else ""
         raise FreezeBudgetExceeded(
-            f"VM {ctx.vm} was frozen for {ctx.freeze_ms:.0f} ms{' (the guest thawed by itself)' if fired else ''}, over the "
-            f"budget of {budget * 1000:.0f} ms: it is thawed and the backup is undone. Try at a quieter time, look at the "
-            "guest's fsfreeze hooks, or raise the budget")
+            f"VM {ctx.vm} was frozen for {ctx.freeze_ms:.0f} ms{by_itself}, over the budget of {budget * 1000:.0f} ms: "
+            "it is thawed and the backup is undone. Try at a quieter time, look at the guest's fsfreeze hooks, or "
+            "raise the budget"
+        )
 
 
 async def _snapshot_frozen(ctx: BackupContext, freeze: _Freeze, paths: dict[str, str]) -> None:

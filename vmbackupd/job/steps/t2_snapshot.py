@@ -1,6 +1,7 @@
 """T2: the hypervisor snapshots the virtual disks and the scratch disk in one transaction.
 
-From here on the COW stores are safe in the T2 image, so the guest is relieved of its snapshots and of the scratch disk at once.
+From here on the COW stores are safe in the T2 image, so the guest is relieved of its snapshots and of the scratch
+disk at once.
 """
 
 from __future__ import annotations

@@ -28,11 +28,18 @@ async def run(ctx: BackupContext) -> None:
         spec = ImageSpec(driver=plan.source.format, path=plan.source.path)
         tree, size, progress, stored = await _copy(ctx, plan.id, spec)
         if size != plan.size:
-            raise HypervisorError(f"VM {ctx.vm}: the image of {plan.id} has {size} bytes, expected {plan.size}: "
-                                  "was it resized during the backup? Run it again")
+            raise HypervisorError(
+                f"VM {ctx.vm}: the image of {plan.id} has {size} bytes, expected {plan.size}: "
+                "was it resized during the backup? Run it again"
+            )
         reverts = plan.method is Method.GUEST_SNAPSHOT
-        ctx.captured[plan.id] = Captured(plan, tree=None if reverts else tree, t2_tree=tree if reverts else None,
-                                         bytes_read=progress.bytes_read, bytes_stored=stored)
+        ctx.captured[plan.id] = Captured(
+            plan,
+            tree=None if reverts else tree,
+            t2_tree=tree if reverts else None,
+            bytes_read=progress.bytes_read,
+            bytes_stored=stored,
+        )
         await reach("vdisk-backup:one")
     if any(plan.method is Method.GUEST_SNAPSHOT for plan in ctx.coverage.virtual):
         ctx.store_tree, ctx.store_size, _, _ = await _copy(ctx, "scratch", ImageSpec(driver="qcow2", path=ctx.scratch))

@@ -1,19 +1,21 @@
-"""The client's side of the API: calls, and the changes of a job."""
+"""The daemon over D-Bus: calls, and the changes of a job. The only module of the command line that knows D-Bus."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dbus_fast import DBusError, Message, MessageType, Variant
+from dbus_fast import BusType, DBusError, Message, MessageType, Variant
+from dbus_fast.aio import MessageBus
 
-from vmbackupd.api.bus import Bus, bus_call, connect, reply_body
 from vmbackupd.api.names import BUS_NAME, ERROR_PREFIX, JOB, MANAGER, ROOT, job_path
 from vmbackupd.errors import BackupError, NotFound
 
+BUS = "org.freedesktop.DBus"
 PROPERTIES = "org.freedesktop.DBus.Properties"
 FINAL_STATES = ("succeeded", "failed", "cancelled")
 
@@ -79,47 +81,57 @@ class JobView:
 class JobWatch:
     """The changes of one job, from :meth:`Client.watch`."""
 
-    def __init__(self, client: Client, path: str, properties: dict[str, Any]) -> None:
-        self._client = client
-        self._path = path
-        self._properties = properties
+    def __init__(self) -> None:
+        self._properties: dict[str, Any] = {}
+        self._updates: deque[Mapping[str, Any]] = deque()
         self._changed = asyncio.Event()
         self._lost: DaemonLost | None = None
 
     @property
     def view(self) -> JobView:
-        """The job as it is known now."""
+        """The job as of the last :meth:`change`."""
         return JobView.from_properties(self._properties)
 
     async def change(self) -> JobView:
-        """Wait for a change since the last call; several make one.
+        """The next change, waiting for it if need be.
 
-        Raises :class:`DaemonLost`, also when the job had not ended.
+        Raises :class:`DaemonLost` when there will be none and the job has not ended.
         """
-        await self._changed.wait()
-        self._changed.clear()
-        if self._lost is not None and not self.view.final:
-            raise self._lost
+        while not self._updates:
+            if self._lost is not None:
+                if self.view.final:
+                    return self.view
+                raise self._lost
+            self._changed.clear()
+            await self._changed.wait()
+        self._properties.update(self._updates.popleft())
         return self.view
+
+    def begin(self, properties: Mapping[str, Any]) -> None:
+        """All properties, as of a moment when the updates so far were known."""
+        self._properties = dict(properties)
+        while self._updates:
+            self._properties.update(self._updates.popleft())
 
     def update(self, values: Mapping[str, Any]) -> None:
         """Take in changed properties."""
-        self._properties.update(values)
+        self._updates.append(values)
         self._changed.set()
 
     def lose(self, why: str) -> None:
         """Nothing more will come."""
+        job = self._properties.get("Id", "")
         self._lost = DaemonLost(
-            f"{why} while job {self.view.id} ({self.view.kind} {self.view.vm}) ran; when vmbackupd starts again it undoes"
-            " what the job did. See `journalctl -u vmbackupd`, `vmbackupctl jobs` and, if something is left,"
-            " `vmbackupctl recover`")
+            f"{why} while job {job} ran; when vmbackupd starts again it undoes what the job did. See"
+            " `journalctl -u vmbackupd` and, if something is left, `vmbackupctl recover`")
         self._changed.set()
 
 
 class Client:
-    """A connection to vmbackupd. Errors are :class:`RemoteError` with the daemon's code, or :class:`DaemonUnreachable`."""
+    """A connection to vmbackupd. Calls raise :class:`RemoteError` with the daemon's code, or
+    :class:`DaemonUnreachable`."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: MessageBus) -> None:
         self._bus = bus
         self._watches: dict[str, JobWatch] = {}
         self._end = asyncio.ensure_future(self._bus_ended())
@@ -128,21 +140,30 @@ class Client:
     async def connect(cls, address: str | None) -> Client:
         """Connect to the bus at ``address``, None for the system bus, and listen for changes of jobs.
 
-        Raises ``BusUnavailable``.
+        Raises :class:`DaemonUnreachable`.
         """
-        client = cls(await connect(address))
         try:
-            client._bus.add_message_handler(client._message)
+            bus = MessageBus(bus_address=address, bus_type=BusType.SYSTEM)
+            await bus.connect()
+        except (OSError, EOFError, ValueError, DBusError) as error:  # wrong addresses and refusals are ValueErrors
+            where = f"the bus at {address}" if address else "the system bus"
+            raise DaemonUnreachable(f"cannot connect to {where}: {error}") from error
+        client = cls(bus)
+        try:
+            bus.add_message_handler(client._message)
             for rule in (f"type='signal',sender='{BUS_NAME}',path_namespace='{ROOT}'",
-                         f"type='signal',sender='org.freedesktop.DBus',member='NameOwnerChanged',arg0='{BUS_NAME}'"):
-                await bus_call(client._bus, "AddMatch", "s", rule)
-        except DBusError as error:
+                         f"type='signal',sender='{BUS}',member='NameOwnerChanged',arg0='{BUS_NAME}'"):
+                await client._send(Message(destination=BUS, path="/org/freedesktop/DBus", interface=BUS,
+                                           member="AddMatch", signature="s", body=[rule]))
+        except BackupError:
             await client.close()
-            raise DaemonUnreachable(f"the bus refuses to pass the signals of vmbackupd: {error}") from error
+            raise
         return client
 
     async def close(self) -> None:
-        await self._bus.close()
+        """Disconnect."""
+        if self._bus.connected:
+            self._bus.disconnect()
         await self._end
 
     async def call(self, member: str, signature: str = "", *arguments: object,
@@ -159,7 +180,10 @@ class Client:
                     options: Mapping[str, Variant] | None = None) -> JobWatch:
         """:meth:`call` a method that starts a job, and watch that job."""
         path = str(await self.call(member, signature, *arguments, options=options))
-        return await self._watch(path)
+        try:
+            return await self._watch(path)
+        except NotFound as error:
+            raise DaemonLost(f"vmbackupd was restarted before job {path} had begun to be watched") from error
 
     async def watch(self, job_id: str) -> JobWatch:
         """Watch a job that runs or has ended.
@@ -184,35 +208,52 @@ class Client:
     async def jobs(self) -> list[JobView]:
         """Every job the daemon knows, oldest first."""
         objects = (await self._call(ROOT, "org.freedesktop.DBus.ObjectManager", "GetManagedObjects", ""))[0]
-        views = [JobView.from_properties(plain(interfaces[JOB])) for interfaces in objects.values() if JOB in interfaces]
-        return sorted(views, key=lambda view: view.created)
+        jobs = [plain(interfaces[JOB]) for interfaces in objects.values() if JOB in interfaces]
+        return sorted(map(JobView.from_properties, jobs), key=lambda view: view.created)
 
     async def _watch(self, path: str) -> JobWatch:
-        # Signals that come between the reply and the registration below are older than the reply, or handled after it.
-        values = plain((await self._call(path, PROPERTIES, "GetAll", "s", JOB))[0])
-        self._watches[path] = JobWatch(self, path, values)
-        return self._watches[path]
+        # Registered first: a change may arrive with the reply. Everything the reply holds was also announced before it,
+        # so changes that arrived meanwhile are never older than the reply and go on top.
+        watch = self._watches[path] = JobWatch()
+        try:
+            watch.begin(plain((await self._call(path, PROPERTIES, "GetAll", "s", JOB))[0]))
+        except BackupError:
+            del self._watches[path]
+            raise
+        return watch
 
     async def _call(self, path: str, interface: str, member: str, signature: str, *body: object) -> list[Any]:
+        return await self._send(Message(destination=BUS_NAME, path=path, interface=interface, member=member,
+                                        signature=signature, body=list(body)))
+
+    async def _send(self, message: Message) -> list[Any]:
         try:
-            return reply_body(await self._bus.call(Message(
-                destination=BUS_NAME, path=path, interface=interface, member=member, signature=signature,
-                body=list(body))))
-        except (DBusError, OSError, EOFError) as error:
-            raise _translate(error) from error
+            if not self._bus.connected:
+                raise EOFError("it was closed")
+            reply = await self._bus.call(message)
+        except (OSError, EOFError) as error:
+            raise DaemonUnreachable(f"the bus connection ended: {error}") from error
+        if reply is None:
+            raise DaemonUnreachable("the bus connection ended before the answer")
+        if reply.message_type is MessageType.ERROR:
+            raise _error(reply.error_name or "", str(reply.body[0]) if reply.body else "")
+        return list(reply.body)
 
     def _message(self, message: Message) -> None:
         if message.message_type is not MessageType.SIGNAL:
             return
         watch = self._watches.get(message.path or "")
-        if message.member == "NameOwnerChanged" and message.sender == "org.freedesktop.DBus":
+        if message.member == "NameOwnerChanged" and message.sender == BUS:
             if message.body[0] == BUS_NAME and message.body[1]:
                 self._lose("vmbackupd ended")
         elif watch is not None and message.interface == PROPERTIES and message.body[0] == JOB:
             watch.update(plain(message.body[1]))
 
     async def _bus_ended(self) -> None:
-        await self._bus.gone()
+        try:
+            await self._bus.wait_for_disconnect()  # type: ignore[no-untyped-call]
+        except (OSError, EOFError, DBusError):
+            pass
         self._lose("the bus connection ended")
 
     def _lose(self, why: str) -> None:
@@ -261,18 +302,16 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _translate(error: Exception) -> BackupError:
-    if not isinstance(error, DBusError):
-        return DaemonUnreachable(f"the bus connection ended: {error}")
-    name = error.type
+def _error(name: str, text: str) -> BackupError:
+    """The error to raise for a D-Bus error."""
     if name.startswith(ERROR_PREFIX):
-        return RemoteError(name.removeprefix(ERROR_PREFIX), error.text)
+        return RemoteError(name.removeprefix(ERROR_PREFIX), text)
     short = name.removeprefix("org.freedesktop.DBus.Error.")
     if short in _NOT_THERE:
-        return DaemonUnreachable(f"vmbackupd does not answer on the bus ({error.text}); is it running?"
+        return DaemonUnreachable(f"vmbackupd does not answer on the bus ({text}); is it running?"
                                  " See `systemctl status vmbackupd`")
     if short == "AccessDenied":
-        return RemoteError("NotAuthorized", f"the bus does not let this user talk to vmbackupd: {error.text}")
+        return RemoteError("NotAuthorized", f"the bus does not let this user talk to vmbackupd: {text}")
     if short in _NO_OBJECT:
-        return NotFound(error.text)
-    return RemoteError("Failed", f"{name}: {error.text}")
+        return NotFound(text)
+    return RemoteError("Failed", f"{name}: {text}")

@@ -1,0 +1,64 @@
+# The way out of the repository: a chunk's content by its name, checked.
+
+from libc.stddef cimport size_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from vmbackupd.engine.chunkstore cimport ChunkStore
+from vmbackupd.engine.index cimport IndexSet
+from vmbackupd.engine.layout cimport Entry
+from vmbackupd.engine.threads cimport pthread_mutex_t
+from vmbackupd.engine.zstd cimport Codec
+
+cdef enum:
+    OPEN_PACKS = 64           # descriptors kept
+
+
+cdef struct pack_file_t:
+    int fd                    # -1: free
+    int users
+    uint64_t stamp            # when it was used last
+    uint8_t pack_id[16]
+
+
+# why a copy of a chunk could not be read
+cdef enum:
+    FINE = 0
+    NOT_INDEXED = 1
+    PACK_MISSING = 2
+    UNREADABLE = 3            # the storage failed
+    TRUNCATED = 4
+    BAD_RECORD = 5
+    BAD_CONTENT = 6
+
+
+cdef class ChunkReader:                    # any number of threads at once
+    cdef IndexSet index
+    cdef ChunkStore session                # the writer whose unpublished chunks are seen too, or None
+    cdef object storage                    # open_pack(pack_id) -> fd or None; read_pack(pack_id, offset, length) -> bytes
+    cdef object recover                    # called with a name that no index leads to: a new IndexSet, or None
+    cdef object kept                       # earlier indexes: a thread may be searching one still
+    cdef object last_error
+    cdef uint8_t *keys                     # chunk and node key
+    cdef readonly size_t largest
+    cdef pack_file_t files[64]             # OPEN_PACKS
+    cdef uint64_t clock
+    cdef pthread_mutex_t lock
+    # Puts the content of chunk `name` (`kind` says which key names it) at `into`, at most `capacity` bytes; *length is
+    # its length. `codec` belongs to the calling thread.
+    cdef int read(
+        self, Codec codec, const uint8_t *name, int kind, uint8_t *into, size_t capacity, uint32_t *length
+    ) except -1 nogil
+    cdef int _attempt(
+        self, Codec codec, const uint8_t *name, int kind, uint8_t *into, size_t capacity, uint32_t *length,
+        uint8_t *pack_id
+    ) except -1 nogil
+    cdef int _open_record(
+        self, Codec codec, const uint8_t *name, int kind, const Entry *entry, uint8_t *into, size_t capacity
+    ) noexcept nogil
+    cdef int _fetch(
+        self, Codec codec, const uint8_t *pack_id, const Entry *entry
+    ) except -1 nogil
+    cdef int _borrow(self, const uint8_t *pack_id, pack_file_t **slot, int *fd) except -2 nogil
+    cdef void _give_back(self, pack_file_t *slot, int fd) noexcept nogil
+    cdef int _recovered(self, const uint8_t *name) except -1 nogil
+    cdef int _complain(self, const uint8_t *name, int problem, const uint8_t *pack_id) except -1 nogil

@@ -1,0 +1,287 @@
+# cython: cdivision=True
+"""The way out of the repository.
+
+Content is believed only if its keyed hash is its name. Where several packs hold a chunk, the next is tried when one
+fails; where no index leads to it, ``recover`` may look for it in the packs themselves.
+"""
+
+import os
+
+from libc.errno cimport EINTR, errno
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcmp, memcpy
+from posix.unistd cimport close, pread
+
+from vmbackupd.engine.blake3 cimport keyed_hash
+from vmbackupd.engine.chunkstore cimport ChunkStore
+from vmbackupd.engine.index cimport IndexSet
+from vmbackupd.engine.layout cimport KIND_CHUNK, MAX_RAW, NAME, PACK_ID, RECORD_HEADER, STORED_RAW, Entry
+from vmbackupd.engine.pack cimport record_open
+from vmbackupd.engine.threads cimport (
+    pthread_mutex_destroy,
+    pthread_mutex_init,
+    pthread_mutex_lock,
+    pthread_mutex_unlock,
+)
+from vmbackupd.engine.zstd cimport Codec
+
+from vmbackupd.errors import RepositoryCorrupt, StorageError
+
+REASONS = {
+    NOT_INDEXED: "no pack is known to hold it",
+    PACK_MISSING: "the pack is missing",
+    UNREADABLE: "the pack cannot be read",
+    TRUNCATED: "the pack is truncated",
+    BAD_RECORD: "the pack holds something else where it should be",
+    BAD_CONTENT: "its content does not match its name",
+}
+
+
+cdef class ChunkReader:
+    """Chunks by name. Any number of threads at once."""
+
+    def __cinit__(
+        self,
+        IndexSet index not None,
+        *,
+        bytes chunk_key not None,
+        bytes node_key not None,
+        object storage,
+        object recover=None,
+        ChunkStore session=None,
+        size_t largest=65536,
+    ):
+        """``storage`` has ``open_pack(pack_id)``, a descriptor of our own or None where there are no files, and
+        ``read_pack(pack_id, offset, length)``. ``largest``: bytes of the longest content.
+        """
+        cdef int i
+        if not len(chunk_key) == len(node_key) == 32 or not 0 < largest <= MAX_RAW:
+            raise ValueError("keys have 32 bytes, contents at most 8 MiB")
+        pthread_mutex_init(&self.lock, NULL)
+        for i in range(OPEN_PACKS):
+            self.files[i].fd = -1
+        self.keys = <uint8_t *>malloc(64)
+        if self.keys == NULL:
+            raise MemoryError
+        memcpy(self.keys, <char *>chunk_key, 32)
+        memcpy(self.keys + 32, <char *>node_key, 32)
+        self.index = index
+        self.session = session
+        self.storage = storage
+        self.recover = recover
+        self.kept = []
+        self.largest = largest
+
+    def __dealloc__(self):
+        cdef int i
+        for i in range(OPEN_PACKS):
+            if self.files[i].fd >= 0:
+                close(self.files[i].fd)
+        free(self.keys)
+        pthread_mutex_destroy(&self.lock)
+
+    def close(self):
+        """Close the packs that are open and not in use."""
+        cdef int i
+        with nogil:
+            pthread_mutex_lock(&self.lock)
+            for i in range(OPEN_PACKS):
+                if self.files[i].fd >= 0 and self.files[i].users == 0:
+                    close(self.files[i].fd)
+                    self.files[i].fd = -1
+            pthread_mutex_unlock(&self.lock)
+
+    def codec(self):
+        """What a thread needs to read chunks."""
+        # room for a record as it is stored: header and payload
+        return Codec(1, self.largest + RECORD_HEADER)
+
+    def replace_index(self, IndexSet index not None):
+        """Search these files from now on."""
+        self.kept.append(self.index)
+        self.index = index
+
+    cdef int read(
+        self, Codec codec, const uint8_t *name, int kind, uint8_t *into, size_t capacity, uint32_t *length
+    ) except -1 nogil:
+        cdef uint8_t pack_id[16]
+        cdef int problem = self._attempt(codec, name, kind, into, capacity, length, pack_id)
+        if problem and self._recovered(name):
+            problem = self._attempt(codec, name, kind, into, capacity, length, pack_id)
+        if problem:
+            self._complain(name, problem, pack_id)
+        return 0
+
+    # All places where the chunk might lie, one after another: FINE, or why the last one was not.
+    cdef int _attempt(
+        self, Codec codec, const uint8_t *name, int kind, uint8_t *into, size_t capacity, uint32_t *length,
+        uint8_t *pack_id
+    ) except -1 nogil:
+        cdef Entry entry
+        cdef Py_ssize_t which = -1
+        cdef int problem = NOT_INDEXED
+        cdef int found
+        if self.session is not None:
+            found = self.session.locate(name, &entry, pack_id, codec.room, codec.capacity)
+            if found:
+                problem = FINE if found == 2 else self._fetch(codec, pack_id, &entry)
+                if problem == FINE:
+                    problem = self._open_record(codec, name, kind, &entry, into, capacity)
+                if problem == FINE:
+                    length[0] = entry.raw
+                    return FINE
+        while True:
+            which = self.index.find(name, <size_t>(which + 1), &entry)
+            if which < 0:
+                return problem
+            memcpy(pack_id, self.index.pack_id(<size_t>which, entry.pack), PACK_ID)
+            problem = self._fetch(codec, pack_id, &entry)
+            if problem == FINE:
+                problem = self._open_record(codec, name, kind, &entry, into, capacity)
+            if problem == FINE:
+                length[0] = entry.raw
+                return FINE
+
+    # The record in codec.room, checked and taken apart.
+    cdef int _open_record(
+        self, Codec codec, const uint8_t *name, int kind, const Entry *entry, uint8_t *into, size_t capacity
+    ) noexcept nogil:
+        cdef uint8_t tag[32]
+        cdef const uint8_t *key = self.keys if kind == KIND_CHUNK else self.keys + 32
+        cdef int compression = record_open(codec.room, name, entry)
+        if compression < 0 or entry.raw > capacity:
+            return BAD_RECORD
+        if compression == STORED_RAW:
+            memcpy(into, codec.room + RECORD_HEADER, entry.raw)
+        elif not codec.unpack(codec.room + RECORD_HEADER, entry.stored, into, entry.raw):
+            return BAD_CONTENT
+        keyed_hash(key, into, entry.raw, tag)
+        return FINE if memcmp(tag, name, NAME) == 0 else BAD_CONTENT
+
+    # Header and payload into codec.room.
+    cdef int _fetch(self, Codec codec, const uint8_t *pack_id, const Entry *entry) except -1 nogil:
+        cdef size_t wanted = RECORD_HEADER + <size_t>entry.stored
+        cdef size_t done = 0
+        cdef ssize_t got
+        cdef int fd = -1
+        cdef pack_file_t *slot = NULL
+        cdef int problem
+        if wanted > codec.capacity:
+            return BAD_RECORD
+        problem = self._borrow(pack_id, &slot, &fd)
+        if problem:
+            return problem
+        if fd < 0:
+            with gil:
+                try:
+                    data = self.storage.read_pack(pack_id[:PACK_ID], entry.offset, wanted)
+                except FileNotFoundError:
+                    return PACK_MISSING
+                except StorageError as reason:
+                    self.last_error = reason
+                    return UNREADABLE
+                if len(data) != wanted:
+                    return TRUNCATED
+                memcpy(codec.room, <const char *>(<bytes>data), wanted)
+            return FINE
+        while done < wanted:
+            got = pread(fd, codec.room + done, wanted - done, entry.offset + <uint64_t>done)
+            if got < 0 and errno == EINTR:
+                continue
+            if got < 0:
+                problem = UNREADABLE
+                with gil:
+                    self.last_error = StorageError(f"pack {pack_id[:PACK_ID].hex()}: {os.strerror(errno)}")
+                break
+            if got == 0:
+                problem = TRUNCATED
+                break
+            done += got
+        self._give_back(slot, fd)
+        return problem
+
+    # A descriptor of the pack; fd -1 where the storage has none. The slot is NULL when the descriptor is not kept.
+    cdef int _borrow(self, const uint8_t *pack_id, pack_file_t **slot, int *fd) except -2 nogil:
+        cdef int i
+        cdef pack_file_t *oldest = NULL
+        slot[0] = NULL
+        pthread_mutex_lock(&self.lock)
+        self.clock += 1
+        for i in range(OPEN_PACKS):
+            if self.files[i].fd >= 0 and memcmp(self.files[i].pack_id, pack_id, PACK_ID) == 0:
+                self.files[i].users += 1
+                self.files[i].stamp = self.clock
+                slot[0] = &self.files[i]
+                fd[0] = self.files[i].fd
+                break
+        pthread_mutex_unlock(&self.lock)
+        if slot[0] != NULL:
+            return FINE
+        with gil:
+            try:
+                opened = self.storage.open_pack(pack_id[:PACK_ID])
+            except FileNotFoundError:
+                return PACK_MISSING
+            except StorageError as reason:
+                self.last_error = reason
+                return UNREADABLE
+            fd[0] = -1 if opened is None else opened
+        if fd[0] < 0:
+            return FINE
+        pthread_mutex_lock(&self.lock)
+        for i in range(OPEN_PACKS):
+            if self.files[i].users == 0 and (
+                oldest == NULL or (oldest.fd >= 0 and (self.files[i].fd < 0 or self.files[i].stamp < oldest.stamp))
+            ):
+                oldest = &self.files[i]
+        if oldest != NULL:
+            if oldest.fd >= 0:
+                close(oldest.fd)
+            oldest.fd = fd[0]
+            oldest.users = 1
+            oldest.stamp = self.clock
+            memcpy(oldest.pack_id, pack_id, PACK_ID)
+            slot[0] = oldest
+        pthread_mutex_unlock(&self.lock)
+        return FINE
+
+    cdef void _give_back(self, pack_file_t *slot, int fd) noexcept nogil:
+        if slot == NULL:
+            close(fd)
+            return
+        pthread_mutex_lock(&self.lock)
+        slot.users -= 1
+        pthread_mutex_unlock(&self.lock)
+
+    cdef int _recovered(self, const uint8_t *name) except -1 nogil:
+        with gil:
+            if self.recover is None:
+                return 0
+            index = self.recover(name[:NAME])
+            if index is None:
+                return 0
+            self.replace_index(index)
+            return 1
+
+    cdef int _complain(self, const uint8_t *name, int problem, const uint8_t *pack_id) except -1 nogil:
+        with gil:
+            what = f"chunk {name[:NAME].hex()}"
+            if problem != NOT_INDEXED:
+                what = f"{what} in pack {pack_id[:PACK_ID].hex()}"
+            if problem == UNREADABLE:
+                raise StorageError(f"{what}: {self.last_error}") from self.last_error
+            raise RepositoryCorrupt(f"{what}: {REASONS[problem]}")
+
+    def content(self, bytes name not None, int kind):
+        """The content of a chunk of this kind (1 chunk, 2 node, 3 root), for what is read once."""
+        cdef bytearray out = bytearray(self.largest)
+        cdef uint8_t *into = <uint8_t *><char *>out
+        cdef const uint8_t *start = <const uint8_t *><char *>name
+        cdef uint32_t length = 0
+        cdef Codec codec = self.codec()
+        if len(name) != NAME:
+            raise ValueError(f"a name has {NAME} bytes, not {len(name)}")
+        with nogil:
+            self.read(codec, start, kind, into, self.largest, &length)
+        return bytes(out[:length])

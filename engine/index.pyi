@@ -1,0 +1,76 @@
+"""Where chunks lie: the table a writer fills, the sorted files on storage, and the set of files that is searched."""
+
+from collections.abc import Iterable, Iterator
+
+from typing_extensions import Buffer
+
+class EntryTable:
+    """Entries by name, in memory. Callers lock."""
+
+    count: int
+    """Number of entries."""
+
+    def __len__(self) -> int: ...
+    def add_pack(self, entries: Buffer, pack: int, limit: int, label: str) -> None:
+        """Take in a pack's own index as pack number ``pack``; names that are here already stay as they are.
+
+        ``limit`` is where the pack's records end. RepositoryCorrupt if an entry points outside of them.
+        """
+
+    def contains(self, name: bytes) -> bool:
+        """Is this 32 byte name here?"""
+
+    def clear(self) -> None:
+        """Forget all entries, keep the memory."""
+
+    def encode(self, key: bytes, repository: bytes, index: bytes, packs: list[bytes], first: int = 0) -> list[Buffer]:
+        """The table as the bytes of an index file (a list of buffers to be written one after another).
+
+        ``packs`` are the ids of the packs numbered ``first`` and up in the entries, ``key`` the seal key,
+        ``repository`` and ``index`` 16 byte ids. The table is empty afterwards.
+        """
+
+class IndexFile:
+    """An index file that is open. Any number of threads at once."""
+
+    label: str
+    """The object's name, for messages."""
+
+    def __init__(self, fd: int, key: bytes, repository: bytes, label: str, index: bytes | None = None) -> None:
+        """Takes over ``fd``, also when this raises. ``index`` is the id the file must carry, if it is known.
+
+        RepositoryCorrupt if the file is no index of this repository, truncated or damaged outside of its blocks;
+        StorageError if it cannot be read.
+        """
+
+    @property
+    def count(self) -> int:
+        """Number of entries."""
+
+    @property
+    def damaged(self) -> int:
+        """How many times a block was found damaged or unreadable since the file was opened."""
+
+    def pack_ids(self) -> list[bytes]:
+        """The 16 byte ids of the packs this index covers."""
+
+    def parts(self) -> Iterator[bytes]:
+        """Iterate over the file's bytes, 1 MiB at a time. StorageError."""
+
+    def check(self) -> None:
+        """Read every block. RepositoryCorrupt if one is damaged, out of order or points to no pack."""
+
+    def names(self) -> Iterator[tuple[bytes, int, int]]:
+        """Iterate over (name, kind, pack number) of all entries, sorted. RepositoryCorrupt as for ``check``."""
+
+class IndexSet:
+    """Index files that are searched together, with one cache of blocks (32 MiB at most). Any number of threads."""
+
+    files: tuple[IndexFile, ...]
+
+    def __init__(self, files: Iterable[IndexFile] = ()) -> None: ...
+    def __len__(self) -> int:
+        """Entries of all files together."""
+
+    def lookup(self, name: bytes) -> tuple[bytes, int, int, int, int] | None:
+        """(pack id, offset, stored, raw, kind) of a 32 byte name, or None."""

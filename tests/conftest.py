@@ -1,0 +1,122 @@
+"""What every test shares: the lab, its guests, and the rule that a test leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.lab.guest import Guest
+    from tests.lab.lab import Lab
+
+PROGRAMS = """
+    qemu-system-x86_64 qemu-img qemu-storage-daemon libvirtd dbus-daemon tgtd tgtadm mmdebstrap mkfs.ext4 debugfs e2fsck
+    unshare gzip
+"""
+LAB_FIXTURES = {"lab", "plain_guest", "lvm_guest"}
+
+
+def missing() -> list[str]:
+    """What this machine lacks for the lab."""
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    lacking = [name for name in PROGRAMS.split() if shutil.which(name, path=path) is None]
+    return lacking if os.geteuid() == 0 else ["root's rights", *lacking]
+
+
+def require(what: str, present: bool) -> None:
+    """Skip the test where a part is missing; in CI (``CI=true``) it fails: a suite that skips proves nothing."""
+    if present:
+        return
+    if os.environ.get("CI"):
+        pytest.fail(f"missing on this machine: {what}", pytrace=False)
+    pytest.skip(f"missing on this machine: {what}")
+
+
+def pytest_report_header() -> list[str]:
+    lacking = missing()
+    cache = "?"
+    if not lacking:
+        from tests.lab import image
+
+        built = (image.cache_directory() / image.recipe() / "complete").exists()
+        cache = "guest images built" if built else "guest images to be built (about 80 s, once)"
+    kvm = "present (tried when the lab starts)" if Path("/dev/kvm").exists() else "absent: guests are emulated"
+    return [f"lab: {'missing ' + ', '.join(lacking) if lacking else cache}; /dev/kvm {kvm}; {os.cpu_count()} CPUs"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs the lab, and run it last: cheap tests fail first."""
+    for item in items:
+        if LAB_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("lab")
+    items.sort(key=lambda item: item.get_closest_marker("lab") is not None)
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[Lab]:
+    """The session's lab, started when the first test asks for it."""
+    lacking = missing()
+    require(", ".join(lacking), not lacking)
+    from tests.lab.lab import Lab
+
+    with Lab() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def plain_guest(lab: Lab) -> Guest:
+    """The session's guest whose root is a bare ext4 on vda. Shared: leave it as it was."""
+    return lab.start_guest("plain")
+
+
+@pytest.fixture(scope="session")
+def lvm_guest(lab: Lab) -> Guest:
+    """The session's guest with everything on LVM. Shared: leave it as it was."""
+    return lab.start_guest("lvm")
+
+
+def children() -> dict[int, str]:
+    """Our child processes, also those that ended and were not waited for: pid → command line."""
+    found = {}
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            pids = (task / "children").read_text().split()
+        except OSError:
+            continue
+        for pid in pids:
+            try:
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            except OSError:
+                continue
+            found[int(pid)] = words or "(a zombie)"
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves a child process, a thread or a running event loop behind. The lab outlives a test."""
+    if LAB_FIXTURES & set(request.fixturenames):
+        request.getfixturevalue("lab")  # its threads and processes are older than the test
+    threads = set(threading.enumerate())
+    before = children()
+    yield
+    left = [
+        f"process {pid}: {words}"
+        for pid, words in children().items()
+        if pid not in before and "supervisor.py" not in words
+    ]
+    for thread in threading.enumerate():
+        if thread not in threads and not thread.daemon and thread.is_alive():
+            thread.join(2)  # a pool's threads end a moment after its shutdown
+            if thread.is_alive():
+                left.append(f"thread {thread.name}")
+    if asyncio._get_running_loop() is not None:
+        left.append("a running event loop")
+    assert not left, "left behind: " + "; ".join(left)

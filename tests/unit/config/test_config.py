@@ -1,0 +1,124 @@
+"""The configuration file: what it accepts, and how it names what it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmbackupd.config import load, parse, seconds, size, to_toml
+from vmbackupd.errors import ConfigError
+from vmbackupd.units import GiB, MiB
+
+EXAMPLE = Path(__file__).parents[3] / "packaging/vmbackupd.toml"
+
+
+def test_defaults() -> None:
+    config = parse("")
+    assert config.state_directory == Path("/var/lib/vmbackupd")
+    assert config.runtime_directory == Path("/run/vmbackupd")
+    assert config.repository.path == Path("/var/lib/vmbackupd/repository")
+    assert config.scratch.directory == Path("/var/lib/vmbackupd/scratch")
+    assert config.hypervisor.uri == "qemu:///system"
+    assert (config.guest.freeze_budget, config.guest.lease) == (5.0, 300.0)
+    assert config.bus.address is None
+
+
+def test_every_key_and_the_directories_that_follow_another() -> None:
+    config = parse("""
+        state_directory = "/state"
+        [guest]
+        freeze_budget = "500 ms"
+        lease = 60
+        [scratch]
+        size = "10 GiB"
+        share = "30 %"
+        [jobs]
+        parallel = 2
+    """, overrides={"bus.address": "unix:path=/b", "guest.lease": "2 min"})
+    assert config.repository.path == Path("/state/repository")
+    assert config.scratch.directory == Path("/state/scratch")
+    assert (config.guest.freeze_budget, config.guest.lease) == (0.5, 120.0)
+    assert config.scratch.size == 10 * GiB
+    assert config.scratch.share == pytest.approx(0.3)
+    assert (config.jobs.parallel, config.bus.address) == (2, "unix:path=/b")
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("guest = 5", ["guest", "section [guest]", "5"]),
+    ("[guest]\nfreez_budget = 5", ["guest.freez_budget", "freeze_budget, lease"]),
+    ("[gast]\nlease = 5", ["gast", "[guest]", "state_directory"]),
+    ("[guest]\nfreeze_budget = 'soon'", ["guest.freeze_budget", "duration", "'soon'"]),
+    ("[guest]\nfreeze_budget = true", ["guest.freeze_budget", "True"]),
+    ("[guest]\nfreeze_budget = 0", ["guest.freeze_budget", "above zero"]),
+    ("[guest]\nfreeze_budget = inf", ["guest.freeze_budget"]),
+    ("[guest]\nfreeze_budget = nan", ["guest.freeze_budget"]),
+    ("[scratch]\nsize = '10 GB'", ["scratch.size", "GiB", "'10 GB'"]),
+    ("[scratch]\nsize = 1.5", ["scratch.size", "1.5"]),
+    (f"[scratch]\nsize = {'9' * 400}", ["scratch.size"]),
+    (f"[scratch]\nsize = '{'9' * 400}'", ["scratch.size"]),
+    ("[scratch]\nshare = 2", ["scratch.share", "0.01 to 1"]),
+    ("[repository]\npath = 'here'", ["repository.path", "absolute path", "'here'"]),
+    ("[repository]\npath = ['/a']", ["repository.path", "absolute path"]),
+    ("[hypervisor]\nuri = ''", ["hypervisor.uri", "not empty"]),
+    ("[jobs]\nparallel = 0", ["jobs.parallel", "1 to 64"]),
+    ("[guest\n", ["not valid TOML"]),
+])
+def test_errors_name_the_file_the_key_and_what_is_right(text: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(text, "/etc/file.toml")
+    message = str(caught.value)
+    assert message.startswith("/etc/file.toml: ")
+    assert [word for word in words if word not in message] == []
+
+
+def test_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such configuration file"):
+        load(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(tmp_path)
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(tmp_path / "binary.toml")
+    with pytest.raises(ConfigError, match=r"command line: repository\.path"):
+        load(None, {"repository.path": "relative"})
+
+
+def test_the_example_is_the_defaults_and_its_comments_are_valid() -> None:
+    text = EXAMPLE.read_text()
+    assert parse(text) == parse("")
+    switched_on = "\n".join(line[1:] if line.startswith("#") and not line.startswith("# ") else line
+                            for line in text.splitlines())
+    given = parse(switched_on)
+    assert given.scratch.size == 100 * GiB
+    assert given.bus.address == "unix:path=/run/test/bus"
+    assert (given.guest, given.jobs, given.scratch.share) == (parse("").guest, parse("").jobs, parse("").scratch.share)
+
+
+@given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1), st.floats(0.01, 1e6),
+       st.integers(1, 2**60))
+def test_what_is_shown_reads_back_the_same(text: str, budget: float, scratch: int) -> None:
+    if not text.strip():
+        return
+    config = parse("", overrides={"hypervisor.uri": text, "repository.path": "/" + text})
+    config = parse(to_toml(config).replace("freeze_budget = 5.0", f"freeze_budget = {budget!r}")
+                   .replace("# size is not set", f"size = {scratch}"))
+    assert config.hypervisor.uri == text
+    assert config.guest.freeze_budget == budget
+    assert parse(to_toml(config)) == config
+
+
+@given(st.one_of(st.text(), st.integers(), st.floats(), st.booleans(), st.none(), st.lists(st.integers())))
+def test_quantities_are_read_or_refused(value: object) -> None:
+    for read in (seconds, size):
+        try:
+            assert read(value) > 0
+        except ValueError as error:
+            assert "above zero" in str(error)
+
+
+def test_quantities() -> None:
+    assert [seconds(text) for text in ("5s", " 5 s ", "5", "0.5m", "2 min", "1h", 7)] == [5, 5, 5, 30, 120, 3600, 7]
+    assert [size(text) for text in ("1.5 MiB", "1mib", "4096", 4096)] == [MiB * 3 // 2, MiB, 4096, 4096]

@@ -1,0 +1,1 @@
+"""``vmbackupctl``: a client of the D-Bus API and nothing else."""

@@ -1,0 +1,7 @@
+"""What the exit status says."""
+
+DONE = 0
+FAILED = 1
+USAGE = 2
+INCOMPLETE = 3  # done, but volumes are missing or degraded, which was allowed
+DETACHED = 130  # interrupted while waiting; the job goes on

@@ -1,0 +1,47 @@
+"""Which parts the daemon is made of."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+from vmbackupd.config import Config
+from vmbackupd.errors import ConfigError
+from vmbackupd.job.job import Runner
+
+RunnerFactory = Callable[[Config], AbstractAsyncContextManager[Runner]]
+
+
+@asynccontextmanager
+async def libvirt_runner(config: Config) -> AsyncIterator[Runner]:
+    """The real work, on libvirt. Raises ``HypervisorError`` when libvirt cannot be reached."""
+    # Imported here so that a wrong command line or configuration is told without libvirt and the engine.
+    from vmbackupd.hypervisor.libvirt import LibvirtHypervisor
+    from vmbackupd.job.runner import JobRunner
+
+    hypervisor = LibvirtHypervisor(config.hypervisor.uri)
+    await hypervisor.open()
+    try:
+        yield JobRunner(config, hypervisor)
+    finally:
+        await hypervisor.close()
+
+
+def make_directories(config: Config) -> None:
+    """Make the directories the daemon works in.
+
+    QEMU, which runs under another user, has to get through to the scratch disks and no further. Raises ``ConfigError``.
+    """
+    for directory, mode in ((config.state_directory, 0o711), (config.runtime_directory, 0o700),
+                            (config.scratch.directory, 0o711)):
+        try:
+            _make(directory, mode)
+        except OSError as error:
+            raise ConfigError(f"cannot make the directory {directory}: {error}") from error
+
+
+def _make(directory: Path, mode: int) -> None:
+    if not directory.is_dir():
+        directory.mkdir(parents=True)
+        directory.chmod(mode)  # not mkdir's mode, which the umask cuts

@@ -1,0 +1,206 @@
+"""Serves the host's requests: one JSON object a line, one after the other, in one process."""
+
+import json
+import os
+import platform
+import sys
+import time
+from typing import Any, Callable, Dict, List, Optional
+
+from . import HELPER_VERSION, PROTOCOL, devices, memory, release
+from .dm import Dm
+from .failures import HelperError, clip
+from .params import Params, job_id, number
+from .port import PAUSE, Port, PortClosed, PortGone, hello_in
+from .serving import Serving
+from .snapshot import Snapshot
+from .watchdog import Watchdog
+
+MAX_LINE = 4 << 20
+ANSWER_DEADLINE = 30.0  # seconds for the host to take an answer
+
+
+class Control:
+    """The helper's state: at most one job, with its snapshots and data servers."""
+
+    def __init__(self, port: Port, lease: float, files: bool = False) -> None:
+        """``lease``: seconds of the host's silence after which everything is undone and the helper ends."""
+        self._port, self._lease = port, lease
+        self._dm: Optional[Dm] = None
+        self._snapshot: Optional[Snapshot] = None
+        self._guard: Optional[Watchdog] = None
+        self._serving = Serving(files)
+        self._heard = time.monotonic()
+        self._in_session = False
+        self._ended = False
+        self._methods: Dict[str, Callable[[Params], Dict[str, Any]]] = {
+            "identify": self._identify, "ping": self._ping, "probe": self._probe, "prepare": self._prepare,
+            "arm": self._arm, "snap": self._snap, "disarm": self._disarm, "status": self._status, "serve": self._serve,
+            "release": self._release, "quit": self._quit,
+        }
+
+    def run(self) -> None:
+        """Until ``quit``, or until the host has been silent for the lease; nothing of ours is left then."""
+        try:
+            while not self._ended and time.monotonic() - self._heard < self._lease:
+                try:
+                    self._turn()
+                except PortGone:
+                    break  # unplugged: nobody will ask any more
+                except PortClosed:
+                    self._in_session = False
+                    self._port.reset()
+                    time.sleep(PAUSE)
+        finally:
+            self._drop()
+
+    def _turn(self) -> None:
+        """Whatever has come: a hello, and in a session requests."""
+        if not self._port.fill(1.0):
+            return
+        if not self._in_session:
+            self._greet(self._port.find_hello())
+        while self._in_session and b"\n" in self._port.buffer:
+            line, _, rest = self._port.buffer.partition(b"\n")
+            self._port.buffer = rest
+            again = hello_in(bytes(line))
+            if again is not None:
+                self._greet(again)
+            else:
+                self._answer(bytes(line))
+        if len(self._port.buffer) > MAX_LINE:
+            self._port.buffer.clear()
+            self._in_session = False  # the host has to begin anew
+
+    def _greet(self, nonce: Optional[bytes]) -> None:
+        if nonce is not None:
+            self._port.answer_hello(nonce)
+            self._in_session, self._heard = True, time.monotonic()
+
+    def _answer(self, line: bytes) -> None:
+        self._heard = time.monotonic()
+        ident = None
+        try:
+            request = json.loads(line.decode())
+            ident, method = request["id"], self._methods[request["method"]]
+            params = request.get("params") or {}
+            if not isinstance(ident, int) or not isinstance(params, dict):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            self._reply({"id": ident if isinstance(ident, int) else None,
+                         "error": {"code": "InvalidRequest", "message": "no such method, or not a request"}})
+            return
+        try:
+            self._reply({"id": ident, "result": method(params)})
+        except HelperError as error:
+            self._reply({"id": ident, "error": {"code": error.code, "message": clip(str(error), 1000)}})
+        except PortClosed:
+            raise
+        except Exception as error:  # the host must get an answer whatever happens
+            message = "%s: %s" % (type(error).__name__, error)
+            self._reply({"id": ident, "error": {"code": "Internal", "message": clip(message, 1000)}})
+        self._heard = time.monotonic()
+
+    def _reply(self, reply: Dict[str, Any]) -> None:
+        line = json.dumps(reply, separators=(",", ":")).encode() + b"\n"
+        if len(line) > MAX_LINE:
+            error = {"code": "ReplyTooLong", "message": "a reply of over 4 MiB"}
+            line = json.dumps({"id": reply["id"], "error": error}).encode() + b"\n"
+        self._port.write(line, time.monotonic() + ANSWER_DEADLINE)
+
+    # methods
+
+    def _identify(self, params: Params) -> Dict[str, Any]:
+        return {"version": PROTOCOL, "helper": HELPER_VERSION, "boot_id": devices.boot_id(),
+                "kernel": clip(platform.release(), 128), "python": platform.python_version(), "pid": os.getpid()}
+
+    def _ping(self, params: Params) -> Dict[str, Any]:
+        """Nothing, but the lease begins anew."""
+        return {}
+
+    def _probe(self, params: Params) -> Dict[str, Any]:
+        try:
+            dm: Optional[Dm] = self._device_mapper()
+        except HelperError:
+            dm = None
+        return devices.probe(dm)
+
+    def _prepare(self, params: Params) -> Dict[str, Any]:
+        job = job_id(params.get("job"))
+        if self._snapshot is not None:
+            raise HelperError("WrongState", "job %s has its snapshots prepared already" % self._snapshot.job)
+        snapshot = Snapshot(self._device_mapper(), job)
+        volumes = snapshot.prepare(params)
+        self._snapshot = snapshot
+        memory.set_oom_score(-1000)
+        return {"volumes": volumes}
+
+    def _arm(self, params: Params) -> Dict[str, Any]:
+        seconds = number(params, "deadman_s", 0.1, 3600)
+        if self._guard is not None:
+            raise HelperError("WrongState", "armed already")
+        memory.interruptible()
+        volumes: List[int] = self._snapshot.numbers() if self._snapshot is not None else []
+        self._guard = Watchdog(seconds, self._dm, volumes, True, self._port.close)
+        return {}
+
+    def _snap(self, params: Params) -> Dict[str, Any]:
+        if self._snapshot is None:
+            raise HelperError("WrongState", "no volumes are prepared")
+        return dict(self._snapshot.snap(self._guard))
+
+    def _disarm(self, params: Params) -> Dict[str, Any]:
+        guard, self._guard = self._guard, None
+        if guard is None:
+            raise HelperError("NotArmed", "not armed")
+        fired = guard.disarm()
+        if self._snapshot is None:
+            memory.unlock()
+        return {"fired": fired}
+
+    def _status(self, params: Params) -> Dict[str, Any]:
+        return {"boot_id": devices.boot_id(), "volumes": self._snapshot.status() if self._snapshot is not None else []}
+
+    def _serve(self, params: Params) -> Dict[str, Any]:
+        if self._snapshot is not None and not self._snapshot.taken:
+            raise HelperError("WrongState", "the snapshots are not taken yet")
+        self._serving.start(params, self._dm, self._snapshot, self._port.close)
+        return {}
+
+    def _release(self, params: Params) -> Dict[str, Any]:
+        job = job_id(params.get("job"))
+        if self._guard is not None:
+            self._disarm({})
+        self._serving.stop()
+        removed = release.release(self._device_mapper(), job)
+        if self._snapshot is not None and self._snapshot.job == job:
+            self._snapshot = None
+            memory.unlock()
+            memory.set_oom_score(0)
+        return {"removed": removed}
+
+    def _quit(self, params: Params) -> Dict[str, Any]:
+        self._ended = True
+        return {}
+
+    def _device_mapper(self) -> Dm:
+        if self._dm is None:
+            self._dm = Dm()
+        return self._dm
+
+    def _drop(self) -> None:
+        """The end, however it came: no watchdog, no servers, no snapshots."""
+        for step in (self._drop_guard, self._serving.stop, self._drop_snapshot):
+            try:
+                step()
+            except Exception as error:  # the other steps are still to be taken
+                print("vmbackupd guest helper: %s: %s" % (type(error).__name__, error), file=sys.stderr)
+        self._port.close()
+
+    def _drop_guard(self) -> None:
+        if self._guard is not None:
+            self._guard.disarm()
+
+    def _drop_snapshot(self) -> None:
+        if self._snapshot is not None:
+            release.release(self._device_mapper(), self._snapshot.job)

@@ -1,0 +1,126 @@
+"""External snapshots of a running domain's disks, all in one transaction."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from vmbackupd.errors import HypervisorError, InvalidArgument, NotRunning
+from vmbackupd.hypervisor import domain as dx
+from vmbackupd.hypervisor.base import DiskSource
+from vmbackupd.hypervisor.images import create_overlay
+from vmbackupd.hypervisor.overlay import same_file
+
+if TYPE_CHECKING:
+    from vmbackupd.hypervisor.libvirt import LibvirtConnection
+
+
+def check(root: ET.Element, overlays: Mapping[str, str]) -> None:
+    """Refuse, before anything is touched, what must not or cannot be snapshotted.
+
+    A ``lun`` above all: the guest's SCSI commands go around QEMU's block layer, and a layer under them makes the
+    guest's writes fail.
+    """
+    name = root.findtext("name")
+    elements = dict(dx.disk_elements(root))
+    for target in overlays:
+        element = elements.get(target)
+        if element is None:
+            raise InvalidArgument(f"VM {name} has no disk {target}")
+        device = element.get("device", "disk")
+        if device != "disk":
+            raise InvalidArgument(f"VM {name}: disk {target} is a {device} and is never snapshotted")
+        if element.find("readonly") is not None or dx.source_of(element) is None:
+            raise InvalidArgument(f"VM {name}: disk {target} is read-only or empty: nothing to snapshot")
+    if not overlays:
+        raise InvalidArgument(f"VM {name}: a snapshot of no disk")
+
+
+def snapshot_xml(root: ET.Element, overlays: Mapping[str, str]) -> str:
+    """The ``<domainsnapshot>``: every disk of the domain is listed, those not asked for with ``snapshot='no'``, since
+    libvirt takes a disk that is not listed along."""
+    check(root, overlays)
+    top = ET.Element("domainsnapshot")
+    disks = ET.SubElement(top, "disks")
+    for target, _ in dx.disk_elements(root):
+        path = overlays.get(target)
+        if path is None:
+            ET.SubElement(disks, "disk", name=target, snapshot="no")
+        else:
+            disk = ET.SubElement(disks, "disk", name=target, snapshot="external", type="file")
+            ET.SubElement(disk, "driver", type="qcow2")
+            ET.SubElement(disk, "source", file=path)
+    return ET.tostring(top, encoding="unicode")
+
+
+async def prepare_overlays(conn: LibvirtConnection, uuid: str, overlays: Mapping[str, str]) -> None:
+    """Make an empty overlay for each disk. Those made are removed again when one fails."""
+    root = await _live(conn, uuid)
+    check(root, overlays)
+    made: list[str] = []
+    try:
+        for target, path in overlays.items():
+            element = dx.disk_element(root, target)
+            source = None if element is None else dx.source_of(element)
+            assert source is not None  # check() saw it
+            if source.kind not in ("file", "block") or not source.path:
+                raise HypervisorError(f"VM {root.findtext('name')}: disk {target} lies on {_words(source)}, which this "
+                                      "version cannot put an overlay on")
+            size = await conn.capacity(uuid, target)
+            await create_overlay(path, size, source.path, source.format)
+            made.append(path)
+            await asyncio.to_thread(_like, source.path, path)
+    except BaseException:
+        for path in made:
+            os.unlink(path)
+        raise
+
+
+def _words(source: DiskSource) -> str:
+    return " ".join(word for word in (source.kind, source.protocol, source.name) if word)
+
+
+def _like(base: str, path: str) -> None:
+    """Give a new overlay the owner and mode of its base: whoever runs QEMU may write to that one. libvirt labels it
+    on top where it is told to (dynamic_ownership, SELinux, AppArmor)."""
+    status = os.stat(base)
+    if stat.S_ISREG(status.st_mode):
+        os.chown(path, status.st_uid, status.st_gid)
+        os.chmod(path, stat.S_IMODE(status.st_mode))
+
+
+async def take(conn: LibvirtConnection, uuid: str, overlays: Mapping[str, str]) -> None:
+    """Snapshot the disks into their overlays, made now where :func:`prepare_overlays` was not called."""
+    root = await _live(conn, uuid)
+    xml = snapshot_xml(root, overlays)
+    missing = {target: path for target, path in overlays.items() if not os.path.exists(path)}
+    if missing:
+        await prepare_overlays(conn, uuid, missing)
+    try:
+        await conn.snapshot(uuid, xml)
+    except NotRunning:
+        raise
+    except HypervisorError:
+        # libvirtd may have gone away after it had done the work; it is one transaction: all disks or none
+        if not _taken(await _live(conn, uuid), overlays):
+            raise
+
+
+def _taken(root: ET.Element, overlays: Mapping[str, str]) -> bool:
+    for target, path in overlays.items():
+        element = dx.disk_element(root, target)
+        source = None if element is None else dx.source_of(element)
+        if source is None or source.path is None or not same_file(source.path, path):
+            return False
+    return True
+
+
+async def _live(conn: LibvirtConnection, uuid: str) -> ET.Element:
+    root = await conn.live(uuid)
+    if root is None:
+        raise NotRunning(f"VM {await conn.name(uuid)}: snapshot: it is not running")
+    return root
