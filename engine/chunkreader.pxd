@@ -35,7 +35,7 @@ cdef class ChunkReader:                    # any number of threads at once
     cdef IndexSet index
     cdef ChunkStore session                # the writer whose unpublished chunks are seen too, or None
     cdef object storage                    # open_pack(pack_id) -> fd or None; read_pack(pack_id, offset, length) -> bytes
-    cdef object recover                    # called with a name that no index leads to: a new IndexSet, or None
+    cdef object recover                    # called with a name and the index that did not lead to it: a new IndexSet, or None
     cdef object kept                       # earlier indexes: a thread may be searching one still
     cdef object last_error
     cdef uint8_t *keys                     # chunk and node key

@@ -23,13 +23,13 @@ class ChunkReader:
         chunk_key: bytes,
         node_key: bytes,
         storage: PackReader,
-        recover: Callable[[bytes], IndexSet | None] | None = None,
+        recover: Callable[[bytes, IndexSet], IndexSet | None] | None = None,
         session: ChunkStore | None = None,
         largest: int = 65536,
     ) -> None:
         """``storage`` has ``open_pack(pack_id)``, a descriptor of our own or None where there are no files, and
-        ``read_pack(pack_id, offset, length)``. ``largest``: bytes of the longest content. ``recover(name)`` is asked
-        once for every chunk that cannot be read: a new set of index files to search, or None.
+        ``read_pack(pack_id, offset, length)``. ``largest``: bytes of the longest content. ``recover(name, index)`` is
+        asked once for every chunk that cannot be read: a new set of index files to search, or None.
         """
 
     def close(self) -> None:
@@ -37,6 +37,9 @@ class ChunkReader:
 
     def codec(self) -> Codec:
         """What a thread needs to read chunks."""
+
+    def searches(self, index: IndexSet) -> bool:
+        """Is this the set of files that is searched?"""
 
     def replace_index(self, index: IndexSet) -> None:
         """Search these files from now on."""

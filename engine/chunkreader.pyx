@@ -97,6 +97,10 @@ cdef class ChunkReader:
         # room for a record as it is stored: header and payload
         return Codec(1, self.largest + RECORD_HEADER)
 
+    def searches(self, index):
+        """Is this the set of files that is searched?"""
+        return self.index is index
+
     def replace_index(self, IndexSet index not None):
         """Search these files from now on."""
         self.kept.append(self.index)
@@ -258,7 +262,7 @@ cdef class ChunkReader:
         with gil:
             if self.recover is None:
                 return 0
-            index = self.recover(name[:NAME])
+            index = self.recover(name[:NAME], self.index)
             if index is None:
                 return 0
             self.replace_index(index)

@@ -148,8 +148,8 @@ def test_snapshots_beside_a_lun_under_load(lab: Lab, plain_guest: Guest, tmp_pat
     before = io_errors(plain_guest)
     for mount in ("/mnt/data", "/mnt/span", "/mnt/lun", "/"):
         write = f"dd if=/dev/urandom of={mount}/load bs=64k count=8 conv=fsync; sleep 0.1"
-        shell(plain_guest, f"touch /run/load; setsid -f sh -c 'while [ -e /run/load ]; do {write}; done; rm {mount}/load' "
-                           "</dev/null >/dev/null 2>&1")
+        loop = f"while [ -e /run/load ]; do {write}; done; rm {mount}/load"
+        shell(plain_guest, f"touch /run/load; setsid -f sh -c '{loop}' </dev/null >/dev/null 2>&1")
     try:
         with_lab(lab, work)
     finally:

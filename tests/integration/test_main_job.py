@@ -146,7 +146,7 @@ def test_the_backup_carries_its_proof(backed: Backed) -> None:
 
 def test_reverted_chunks_are_what_the_store_holds(backed: Backed) -> None:
     assert volume_of(backed.shown, "vdb")["reverted_chunks"] > 0
-    stores = {store["name"]: store["exceptions"] for store in backed.shown["stores"]}
+    stores = {item["name"]: item["exceptions"] for item in backed.shown["volume_maps"]}
     assert volume_of(backed.shown, "vdb")["reverted_chunks"] == stores["vgdata-data"]
 
 

@@ -427,13 +427,15 @@ def test_the_domain_is_defined_last_and_started(tmp_path: Path) -> None:
         plan = await plan_of(kit, hypervisor, name="web2", directory=str(tmp_path / "new"), start=True)
         assert not plan.problems and plan.domain is not None
         watcher = Watcher()
+        told: list[list[tuple[str, str]]] = []
+        watcher.at = lambda what: told.append(list(watcher.pending)) if what == "define-domain" else None
         result = await carry_out(kit, plan, watcher, hypervisor)
+        assert {undo for undo, _ in told[0]} == {"unlink", "rmdir"} and watcher.pending == []
         assert watcher.steps == ["prepare-targets", "write-volumes", "finish-targets", "define-domain", "start-domain"]
         domain = await hypervisor.domain("web2")
         assert domain.running and domain.uuid == result["uuid"] != kit.manifest.vm.uuid and result["started"]
         assert [disk.source.path for disk in domain.disks if disk.source] == [
             f"{tmp_path}/new/vda.qcow2", f"{tmp_path}/new/vdb.qcow2"]
-        assert watcher.pending[-1] == ("undefine", domain.uuid), "a crash now takes the domain back before its files"
         assert [entry["volume"] for entry in result["present_to_guest"]] == [LUN_ID]  # type: ignore[attr-defined]
 
         # in use now, whatever is forced

@@ -140,6 +140,30 @@ class _EventLoop:
                 log.exception("libvirt's event loop failed")
 
 
+@dataclass(eq=False)
+class _Session:
+    """One connection and the events registered on it."""
+
+    conn: Any
+    callbacks: list[int]
+
+    def silence(self) -> None:
+        """In a thread: no more events."""
+        try:
+            for number in self.callbacks:
+                self.conn.domainEventDeregisterAny(number)
+            self.conn.unregisterCloseCallback()
+        except libvirt.libvirtError:
+            pass  # a connection that is gone
+
+    def close(self) -> None:
+        self.silence()
+        try:
+            self.conn.close()
+        except libvirt.libvirtError:
+            pass
+
+
 class LibvirtConnection:
     """Calls libvirt without blocking the event loop. One domain operation a method, errors translated.
 
@@ -149,11 +173,10 @@ class LibvirtConnection:
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self.hub = EventHub()
-        self._conn: Any = None
+        self._session: _Session | None = None
         self._lock = asyncio.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pool: ThreadPoolExecutor | None = None
-        self._callbacks: list[int] = []
         self._revival: asyncio.Task[None] | None = None
 
     # --- connection
@@ -177,23 +200,23 @@ class LibvirtConnection:
         pool, self._pool = self._pool, None
         if pool is None:
             return
-        conn, self._conn = self._conn, None
+        session, self._session = self._session, None
         loop = asyncio.get_running_loop()
         try:
-            if conn is not None:
-                await asyncio.wait({loop.run_in_executor(pool, self._disconnect, conn)}, timeout=CONNECT)
+            if session is not None:
+                await asyncio.wait({loop.run_in_executor(pool, session.close)}, timeout=CONNECT)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _connected(self, patience: float = RECONNECT) -> Any:
+    async def _connected(self, patience: float = RECONNECT) -> _Session:
         async with self._lock:
-            if self._conn is not None:
-                return self._conn
+            if self._session is not None:
+                return self._session
             end = self._now() + patience
             while True:
                 try:
-                    await self._in_thread(self._connect, CONNECT, f"connecting to {self.uri}")
-                    return self._conn
+                    self._session = await self._in_thread(self._connect, CONNECT, f"connecting to {self.uri}")
+                    return self._session
                 except libvirt.libvirtError as error:
                     if self._now() >= end:
                         raise HypervisorError(f"cannot connect to libvirt at {self.uri}: {error}") from error
@@ -202,14 +225,14 @@ class LibvirtConnection:
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
-    def _connect(self) -> None:
+    def _connect(self) -> _Session:
         _EventLoop.start()
         conn = libvirt.open(self.uri)
         try:
             conn.setKeepAlive(KEEPALIVE_INTERVAL, KEEPALIVE_COUNT)
         except libvirt.libvirtError:
             pass  # drivers without a daemon behind them
-        self._callbacks = []
+        session = _Session(conn, [])
         for number, receive in (
             (libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._on_lifecycle),
             (libvirt.VIR_DOMAIN_EVENT_ID_BLOCK_JOB_2, self._on_block_job),
@@ -218,38 +241,27 @@ class LibvirtConnection:
             (libvirt.VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE, self._on_agent),
         ):
             try:
-                self._callbacks.append(conn.domainEventRegisterAny(None, number, receive, None))
+                session.callbacks.append(conn.domainEventRegisterAny(None, number, receive, None))
             except libvirt.libvirtError as error:
                 log.debug("%s gives no events of type %d: %s", self.uri, number, error)
         try:
-            conn.registerCloseCallback(self._on_close, None)
+            conn.registerCloseCallback(self._on_close, session)
         except libvirt.libvirtError:
             pass
-        self._conn = conn
+        return session
 
-    def _disconnect(self, conn: Any) -> None:
-        try:
-            for number in self._callbacks:
-                conn.domainEventDeregisterAny(number)
-            conn.unregisterCloseCallback()
-        except libvirt.libvirtError:
-            pass  # a connection that is gone
-        try:
-            conn.close()
-        except libvirt.libvirtError:
-            pass
-
-    def _lost(self, conn: Any) -> None:
+    def _lost(self, session: _Session) -> None:
         """In the event loop: the connection is dead. A closed connection tells nothing more about the domains, so
         while anybody watches one, a new connection is made without waiting for the next call."""
-        if self._conn is not conn or conn is None:
+        if self._session is not session:
             return
-        self._conn = None
+        self._session = None
         pool = self._pool
         if pool is None:
             return
         log.warning("the connection to libvirt at %s is lost; connecting again", self.uri)
-        pool.submit(self._disconnect, conn)
+        # Not closed: other threads may be in calls on it. It closes when the last of them lets go of it.
+        pool.submit(session.silence)
         self.hub.dispatch(Event(events.LOST, None))
         if self.hub.watched and (self._revival is None or self._revival.done()):
             self._revival = asyncio.create_task(self._revive(), name="libvirt reconnect")
@@ -296,9 +308,8 @@ class LibvirtConnection:
         connected = state == libvirt.VIR_CONNECT_DOMAIN_EVENT_AGENT_LIFECYCLE_STATE_CONNECTED
         self._tell(Event(events.AGENT_CONNECTED if connected else events.AGENT_DISCONNECTED, dom.UUIDString()))
 
-    def _on_close(self, conn: Any, _reason: int, _opaque: Any) -> None:
-        # The wrapper's object may be another one for the same connection: ours is the one that died.
-        self._later(lambda: self._lost(self._conn))
+    def _on_close(self, _conn: Any, _reason: int, session: _Session) -> None:
+        self._later(self._lost, session)
 
     # --- calls
 
@@ -321,13 +332,14 @@ class LibvirtConnection:
         """``function(connection)`` in a thread. ``again``: it changes nothing, so after a lost connection it is called
         again on a new one; otherwise that is ``HypervisorLost``. ``libvirtError`` passes through untranslated."""
         while True:
-            conn = await self._connected()
+            session = await self._connected()
+            conn = session.conn
             try:
                 return await self._in_thread(lambda: function(conn), timeout, what)  # noqa: B023 - awaited at once
             except libvirt.libvirtError as error:
                 if await self._in_thread(lambda: _alive(conn), CALL, what):  # noqa: B023
                     raise
-                self._lost(conn)
+                self._lost(session)
                 if not again:
                     raise HypervisorLost(f"{what}: the connection to libvirt was lost: {error}") from error
 
@@ -406,6 +418,13 @@ class LibvirtConnection:
     async def has_saved_state(self, uuid: str) -> bool:
         """Whether a managed save waits for the domain's next start."""
         return await self.on_domain(uuid, lambda dom: bool(dom.hasManagedSaveImage()), "saved state", again=True)
+
+    async def volume_path(self, name: str) -> str:
+        """Where the ``pool/volume`` lies."""
+        try:
+            return await self.call(lambda conn: _volume_path(conn, name), f"volume {name}", again=True)
+        except libvirt.libvirtError as error:
+            raise translate(error, f"volume {name}") from error
 
     async def define(self, xml: str, name: str) -> str:
         try:
@@ -581,13 +600,17 @@ def _resolved(conn: Any, disk: DomainDisk) -> DomainDisk:
     source = disk.source
     if source is None or source.kind != "volume" or not source.name:
         return disk
-    pool, _, volume = source.name.partition("/")
     try:
-        path = conn.storagePoolLookupByName(pool).storageVolLookupByName(volume).path()
+        path = _volume_path(conn, source.name)
     except libvirt.libvirtError:
         return disk
     return replace(disk, source=DiskSource("volume", source.format, path=path, name=source.name),
                    chain=(path, *disk.chain))
+
+
+def _volume_path(conn: Any, name: str) -> str:
+    pool, _, volume = name.partition("/")
+    return str(conn.storagePoolLookupByName(pool).storageVolLookupByName(volume).path())
 
 
 def _pci_places(dom: Any) -> dict[str, str] | None:

@@ -67,13 +67,14 @@ async def prepare_overlays(conn: LibvirtConnection, uuid: str, overlays: Mapping
             element = dx.disk_element(root, target)
             source = None if element is None else dx.source_of(element)
             assert source is not None  # check() saw it
-            if source.kind not in ("file", "block") or not source.path:
+            base = await conn.volume_path(source.name) if source.kind == "volume" and source.name else source.path
+            if source.kind not in ("file", "block", "volume") or not base:
                 raise HypervisorError(f"VM {root.findtext('name')}: disk {target} lies on {_words(source)}, which this "
                                       "version cannot put an overlay on")
             size = await conn.capacity(uuid, target)
-            await create_overlay(path, size, source.path, source.format)
+            await create_overlay(path, size, base, source.format)
             made.append(path)
-            await asyncio.to_thread(_like, source.path, path)
+            await asyncio.to_thread(_like, base, path)
     except BaseException:
         for path in made:
             os.unlink(path)

@@ -161,7 +161,7 @@ class Repository:
 
     def _shared_reader(self) -> ChunkReader:
         with self._lock:
-            if self._reader is None:
+            if self._reader is None or not self._reader.searches(self.catalog.current):
                 self._reader = self.reader(self.catalog.current)
             return self._reader
 
@@ -178,14 +178,15 @@ class Repository:
             largest=self.header.largest,
         )
 
-    def _recover(self, name: bytes) -> IndexSet | None:
-        """No index leads to this chunk: perhaps there are newer ones, perhaps one is lost. None: nothing new."""
-        before = self.catalog.current
-        after = self.catalog.refresh()
-        if after is before or after.lookup(name) is None:
+    def _recover(self, name: bytes, searched: IndexSet) -> IndexSet | None:
+        """``searched`` leads to no sound copy of this chunk. Perhaps there are newer indexes, perhaps one is lost.
+
+        None: nothing new."""
+        current = self.catalog.refresh()
+        if current is searched or current.lookup(name) is None:
             self.rebuild_index()
-            after = self.catalog.current
-        return after if after is not before else None
+            current = self.catalog.current
+        return current if current is not searched else None
 
     # ---- writing
 

@@ -28,10 +28,9 @@ def choose_writing(record: VolumeRecord, target: Target, found: Found, force: bo
                         " overwrite it with --force")
     if found.size is not None:
         _compare_sizes(record, target, found.size, notes, problems)
-    if found.content is Content.ABSENT:
-        return Writing.CREATE
-    in_place = found.size is not None or not target.is_file
-    return Writing.IN_PLACE if in_place else Writing.REPLACE
+    if not target.is_file or found.size is not None:
+        return Writing.IN_PLACE
+    return Writing.CREATE if found.content is Content.ABSENT else Writing.REPLACE
 
 
 def _compare_sizes(record: VolumeRecord, target: Target, size: int, notes: list[str], problems: list[str]) -> None:

@@ -5,9 +5,10 @@ Format of the elements: https://libvirt.org/formatdomain.html#devices
 
 from __future__ import annotations
 
+import re
 from xml.etree.ElementTree import Element
 
-CHANNEL_PREFIX = "org.vmbackupd."
+OUR_CHANNEL = re.compile(r"org\.vmbackupd\.j[0-9a-f]{8}\.")
 CHARACTER_DEVICES = ("serial", "console", "channel", "parallel")
 
 # Character device types without anything of the host in them.
@@ -40,7 +41,7 @@ def _drop_own_channels(devices: Element) -> None:
     """The definition is saved during a backup, so it may hold that backup's own ports."""
     for channel in devices.findall("channel"):
         target = channel.find("target")
-        if target is not None and target.get("name", "").startswith(CHANNEL_PREFIX):
+        if target is not None and OUR_CHANNEL.match(target.get("name", "")):
             devices.remove(channel)
 
 

@@ -15,7 +15,7 @@ from vmbackupd.repository.manifest import Manifest
 from vmbackupd.restore.copying import write_volumes
 from vmbackupd.restore.files import WrittenFiles
 from vmbackupd.restore.look import StorageDaemonFactory
-from vmbackupd.restore.newfile import OnEffect
+from vmbackupd.restore.newfile import OnEffect, Withdraw
 from vmbackupd.restore.plan import DomainPlan, RestorePlan
 from vmbackupd.restore.targets import OpenTarget
 
@@ -38,10 +38,10 @@ async def execute(plan: RestorePlan, *, repository: Repository, manifest: Manife
     """Restore; returns the plan as a dict, with what was done added.
 
     Each effect that a crash would leave behind is told to ``on_effect`` before it happens; undone newest first, they
-    leave the host as it was. On failure and on cancellation this coroutine has undone them itself when it raises.
-    Once the domain is defined the restore is complete: a cancellation comes too late then, and a domain that does not
-    start is a warning. Raises ``TargetRefused``, ``RepositoryCorrupt``, ``StoreCorrupt``, ``SourceError``,
-    ``HypervisorError``.
+    leave the host as it was. On failure and on cancellation this coroutine has undone them itself when it raises, on
+    success it has withdrawn them. Once the domain is defined the restore is complete: a cancellation comes too late
+    then, and a domain that does not start is a warning. Raises ``TargetRefused``, ``TargetError``,
+    ``RepositoryCorrupt``, ``StorageError``, ``StoreCorrupt``, ``HypervisorError``.
     """
     plan.require_sound()
     for note in plan.notes:
@@ -64,9 +64,10 @@ async def execute(plan: RestorePlan, *, repository: Repository, manifest: Manife
         files.rename()
         for target in targets:
             target.rename()
+        withdraw = None
         if plan.domain is not None:
             observer.step("define-domain")
-            await _to_the_end(_define(plan.domain, hypervisor, on_effect))
+            withdraw = await _to_the_end(_define(plan.domain, hypervisor, on_effect))
     except BaseException as error:
         observer.step("undo")
         await _to_the_end(_give_up(targets, files))
@@ -75,12 +76,18 @@ async def execute(plan: RestorePlan, *, repository: Repository, manifest: Manife
                                 " was removed"
                                 ) from error
         raise
+    # The domain last: a crash in between must not delete the files of a domain that stays defined.
+    for target in targets:
+        target.keep()
+    files.keep()
+    if withdraw is not None:
+        withdraw()
     started = await _start(plan, hypervisor, observer)
     seconds = round(time.monotonic() - began, 3)
     return {**plan.as_dict(), "reverted_chunks": reverted, "seconds": seconds, "started": started}
 
 
-async def _define(domain: DomainPlan, hypervisor: Hypervisor | None, on_effect: OnEffect) -> None:
+async def _define(domain: DomainPlan, hypervisor: Hypervisor | None, on_effect: OnEffect) -> Withdraw:
     """Define the domain. Where that fails half way, the domain is taken back before its files are."""
     assert hypervisor is not None
     withdraw = on_effect("undefine", domain.uuid)
@@ -96,6 +103,7 @@ async def _define(domain: DomainPlan, hypervisor: Hypervisor | None, on_effect: 
             raise
         withdraw()
         raise
+    return withdraw
 
 
 async def _give_up(targets: Sequence[OpenTarget], files: WrittenFiles) -> None:

@@ -44,6 +44,13 @@ class WrittenFiles:
         for file in self._files:
             file.rename()
 
+    def keep(self) -> None:
+        """The restore is complete: nothing of this is to be undone any more."""
+        for file in self._files:
+            file.keep()
+        while self._directories:
+            self._directories.pop()[1]()
+
     def remove(self) -> None:
         """Remove the files and directories that were made."""
         for file in self._files:
@@ -60,7 +67,8 @@ class WrittenFiles:
     def _make_directory(self, path: str, mode: int) -> None:
         withdraw = self._on_effect("rmdir", path)
         try:
-            os.mkdir(path, mode)
+            os.mkdir(path, 0o700)
+            os.chmod(path, mode)  # whatever the daemon's umask is
         except FileExistsError:
             withdraw()  # somebody else's by now
         except OSError:

@@ -69,6 +69,11 @@ class NewFile:
         self._ours[self.path] = withdraw
         os.rename(self.part, self.path)
 
+    def keep(self) -> None:
+        """The restore is complete: nothing of this file is to be undone any more."""
+        for path in list(self._ours):
+            self._ours.pop(path)()
+
     def remove(self) -> None:
         """Remove what is ours of it. What cannot be removed is logged and left to the caller's undo."""
         for path, withdraw in list(self._ours.items()):

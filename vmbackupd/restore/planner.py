@@ -50,7 +50,8 @@ async def make_plan(manifest: Manifest, request: RestoreOptions, *, repository: 
     findings = _Findings([], [])
     directories = path_problems(request.directory, targets, findings.problems)
     uses = await domain_disks(hypervisor, findings.notes) if hypervisor is not None else []
-    running = any(use.running and use.uuid == manifest.vm.uuid for use in uses)
+    domains = await hypervisor.domains() if hypervisor is not None else []
+    running = any(active and uuid == manifest.vm.uuid for _, uuid, active in domains)
     volumes = [await _plan_volume(manifest, record, target, request, uses, running, storage_daemon, findings)
                for record in manifest.volumes if (target := targets[record.id]) is not None]
     findings.notes += space_note(volumes)

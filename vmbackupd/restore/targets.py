@@ -110,6 +110,11 @@ class OpenTarget:
         if self._new is not None:
             self._new.rename()
 
+    def keep(self) -> None:
+        """The restore is complete: the file stays."""
+        if self._new is not None:
+            self._new.keep()
+
     async def give_up(self) -> None:
         """Close without care for what was written, and remove the file where this restore made one."""
         try:

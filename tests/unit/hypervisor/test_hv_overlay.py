@@ -4,12 +4,13 @@ leave a disk's chain."""
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import libvirt
 import pytest
 
-from tests.unit.hypervisor.machine import Machine, create, disk, pattern, tool
+from tests.unit.hypervisor.machine import Host, Machine, create, disk, pattern, tool
 from vmbackupd.errors import HypervisorError, InvalidArgument, NotRunning
 from vmbackupd.hypervisor import overlay as overlays
 from vmbackupd.hypervisor.libvirt import LibvirtHypervisor
@@ -324,6 +325,33 @@ def test_users_of_an_image_are_found_through_links_and_chains(two_disks: Machine
         return [list(await hv.path_users(str(path))) for path in asked]
 
     assert two_disks.with_hypervisor(work) == [["bare"], ["bare"], []]
+
+
+def test_a_disk_in_a_storage_pool(libvirt_host: Host, new_machine: Callable[..., Machine], tmp_path: Path) -> None:
+    image = create(tmp_path / "in-pool.qcow2")
+    pool = libvirt_host.connection.storagePoolCreateXML(
+        f"<pool type='dir'><name>here</name><target><path>{tmp_path}</path></target></pool>")
+    try:
+        pool.refresh()
+        machine = new_machine("<disk type='volume' device='disk'><driver name='qemu' type='qcow2'/>"
+                              "<source pool='here' volume='in-pool.qcow2'/><target dev='vda' bus='virtio'/></disk>")
+        path = f"{image}.j1"
+
+        async def work(hv: LibvirtHypervisor) -> None:
+            (before,) = (await hv.domain(machine.uuid)).disks
+            assert before.source is not None and before.source.path == str(image) and before.size == 32 << 20
+            for _ in range(2):  # while it runs, and off
+                await hv.snapshot(machine.uuid, {"vda": path})
+                machine.write("virtio-disk0", 4, "0", "64k")
+                if _:
+                    await hv.destroy(machine.uuid)
+                await hv.drop_overlay(machine.uuid, path)
+                assert not os.path.exists(path)
+                assert pattern(image, "qcow2", 4, "0", "64k")
+
+        machine.with_hypervisor(work)
+    finally:
+        pool.destroy()
 
 
 def test_a_block_device_base_is_put_back_as_one() -> None:
