@@ -3,10 +3,10 @@
 Every ``vmbackupd/engine/*.pyx`` is one extension module. Environment:
 
 ``VMBACKUPD_DEBUG=1``
-    a checked build: no optimisation, debug symbols, every Cython run-time check.
+    a build for debuggers: little optimisation, symbols, assertions, C line numbers in tracebacks.
 ``VMBACKUPD_SANITIZE=1``
     the same under AddressSanitizer and UndefinedBehaviorSanitizer; run with
-    ``LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0``.
+    ``LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def pkg_config(option: str) -> list[str]:
 def extensions() -> list[Extension]:
     cflags = [*pkg_config("--cflags"), "-Wall", "-Wno-sign-compare", "-fno-strict-aliasing", "-fvisibility=hidden"]
     ldflags = ["-Wl,--as-needed", *pkg_config("--libs")]
-    cflags += ["-O1", "-g", "-UNDEBUG"] if DEBUG else ["-O3", "-g1"]
+    cflags += ["-O1", "-g", "-UNDEBUG", "-DCYTHON_CLINE_IN_TRACEBACK=1"] if DEBUG else ["-O3", "-g1"]
     if SANITIZE:
         sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
         cflags += sanitizers
@@ -62,7 +62,6 @@ def compiled() -> list[Extension]:
         "language_level": 3,
         "embedsignature": True,
         "boundscheck": True,
-        "nonecheck": DEBUG,
         "initializedcheck": True,
     }
     build_dir = "build/cython-debug" if DEBUG else "build/cython"

@@ -211,10 +211,10 @@ cdef class ChunkReader:
         cdef pack_file_t *oldest = NULL
         slot[0] = NULL
         pthread_mutex_lock(&self.lock)
-        self.clock += 1
+        self.clock = self.clock + 1
         for i in range(OPEN_PACKS):
             if self.files[i].fd >= 0 and memcmp(self.files[i].pack_id, pack_id, PACK_ID) == 0:
-                self.files[i].users += 1
+                self.files[i].users = self.files[i].users + 1
                 self.files[i].stamp = self.clock
                 slot[0] = &self.files[i]
                 fd[0] = self.files[i].fd

@@ -31,6 +31,7 @@ cdef struct job_t:
     size_t length
     uint64_t index
     int state
+    bint awaited            # somebody sleeps until it is done
     uint32_t added          # bytes it added to the packs, 0 if the chunk was known
     uint8_t name[32]
 
@@ -61,6 +62,7 @@ cdef class ChunkStore:
     cdef job_t *tail
     cdef uint32_t unplaced                # entries in the table whose place in a pack is not known yet
     cdef int spilling                     # 1: wanted, 2: under way
+    cdef int watchers                     # threads that wait for a record to be complete
     cdef int failed
     cdef bint closing
     cdef pthread_mutex_t lock
@@ -79,6 +81,7 @@ cdef class ChunkStore:
     cdef void await_job(self, job_t *job) noexcept nogil
     cdef void _work(self, Codec codec) noexcept nogil
     cdef pack_t *_next_full(self) noexcept nogil
+    cdef void _watch(self) noexcept nogil
     cdef void _set_failed(self, int failure) noexcept nogil
     cdef int check(self) except -1 nogil
     cdef void pack_id(self, uint32_t number, uint8_t *into) noexcept nogil

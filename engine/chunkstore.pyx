@@ -182,7 +182,7 @@ cdef class ChunkStore:
                 self._set_failed(NO_MEMORY)
                 return -1
             if known:
-                self.unplaced += 1
+                self.unplaced = self.unplaced + 1
             known = not known
         pthread_mutex_unlock(&self.lock)
         if known:
@@ -208,9 +208,10 @@ cdef class ChunkStore:
                 self._set_failed(NO_MEMORY)
             return -1
         self.table.replace(name, entry)
-        self.bytes_stored += RECORD_HEADER + entry.stored
-        self.unplaced -= 1
-        if self.spilling and self.unplaced == 0:
+        self.bytes_stored = self.bytes_stored + RECORD_HEADER + entry.stored
+        self.unplaced = self.unplaced - 1
+        # wakes somebody only where somebody can be waiting for this: it happens for every chunk
+        if self.watchers or (self.spilling and self.unplaced == 0):
             pthread_cond_broadcast(&self.changed)
         pthread_mutex_unlock(&self.lock)
 
@@ -218,7 +219,7 @@ cdef class ChunkStore:
 
         pthread_mutex_lock(&self.lock)
         pack.pending -= 1
-        if pack.pending == 0:
+        if pack.pending == 0 and (self.watchers or pack.state == PACK_FULL):
             pthread_cond_broadcast(&self.changed)
         pthread_mutex_unlock(&self.lock)
         return 0
@@ -239,7 +240,7 @@ cdef class ChunkStore:
                     self.open = &self.buffers[i]
                     self.pack_id(self.packs, pack_id)
                     pack_start(self.open, self.packs, <const uint8_t *>self.keys + 96, pack_id)
-                    self.packs += 1
+                    self.packs = self.packs + 1
                     break
             else:
                 pthread_cond_wait(&self.changed, &self.lock)
@@ -266,7 +267,9 @@ cdef class ChunkStore:
     cdef void await_job(self, job_t *job) noexcept nogil:
         pthread_mutex_lock(&self.lock)
         while job.state == JOB_QUEUED or job.state == JOB_RUNNING:
+            job.awaited = True
             pthread_cond_wait(&self.done, &self.lock)
+        job.awaited = False
         pthread_mutex_unlock(&self.lock)
 
     def _run_worker(self, Codec codec not None):
@@ -290,7 +293,8 @@ cdef class ChunkStore:
             self.keep(codec, job.data, job.length, KIND_CHUNK, job.name, &job.added)
             pthread_mutex_lock(&self.lock)
             job.state = JOB_DONE
-            pthread_cond_broadcast(&self.done)
+            if job.awaited:
+                pthread_cond_broadcast(&self.done)
         pthread_mutex_unlock(&self.lock)
 
     # ---- packs out
@@ -439,7 +443,7 @@ cdef class ChunkStore:
                 if not self.table.find(name, entry):
                     break
                 if entry.stored == 0:
-                    pthread_cond_wait(&self.changed, &self.lock)
+                    self._watch()
                     continue
                 result = 1
                 self.pack_id(entry.pack, pack_id)
@@ -450,7 +454,7 @@ cdef class ChunkStore:
             if pack == NULL:
                 break
             if pack.pending:
-                pthread_cond_wait(&self.changed, &self.lock)
+                self._watch()
                 continue
             if entry.offset + <size_t>RECORD_HEADER + entry.stored <= pack.used \
                     and RECORD_HEADER + <size_t>entry.stored <= capacity:
@@ -459,6 +463,12 @@ cdef class ChunkStore:
             break
         pthread_mutex_unlock(&self.lock)
         return result
+
+    # Waits until some record is complete. Called with the lock held.
+    cdef void _watch(self) noexcept nogil:
+        self.watchers = self.watchers + 1
+        pthread_cond_wait(&self.changed, &self.lock)
+        self.watchers = self.watchers - 1
 
     # ---- the end
 

@@ -357,7 +357,7 @@ cdef class _CopyOut:
     cdef int write_runs(self, Slot *slot, uint64_t first, uint64_t end) except -1 nogil:
         """Writes a slot: its runs of data as they are, its runs of zeros as zeroes or not at all."""
         cdef uint64_t index = first
-        cdef size_t at = 0, start = 0, size
+        cdef size_t at = 0, start = 0, size = 0
         cdef bint zero = False, run_zero = False
         while index <= end:
             if index < end:

@@ -2,12 +2,13 @@
 """Images in the repository: written chunk by chunk in any order, read by chunk or by range."""
 
 cimport cython
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
 from vmbackupd.engine.chunkreader cimport ChunkReader
-from vmbackupd.engine.chunkstore cimport JOB_IDLE, JOB_QUEUED, JOB_RUNNING, ChunkStore, job_t
+from vmbackupd.engine.chunkstore cimport JOB_IDLE, ChunkStore, job_t
 from vmbackupd.engine.layout cimport KIND_CHUNK, is_zero_name
 from vmbackupd.engine.sink cimport ChunkSink, ChunkSource, chunk_length
 from vmbackupd.engine.tree cimport TreeBuilder, TreeReader
@@ -16,8 +17,7 @@ from vmbackupd.engine.zero cimport is_zero
 from vmbackupd.errors import InvalidArgument, RepositoryCorrupt
 
 cdef enum:
-    SMALLEST_RING = 8
-    LARGEST_RING = 32
+    RING = 32               # chunks of an image on their way at once: 2 MiB of memory at 64 KiB a chunk
 
 
 @cython.no_gc_clear          # __dealloc__ needs the store
@@ -31,7 +31,7 @@ cdef class ImageSink(ChunkSink):
         self.builder = builder
         self.size = builder.shape.size
         self.chunk_size = builder.shape.chunk_size
-        self.length = min(max(4 * store.workers, SMALLEST_RING), LARGEST_RING)
+        self.length = RING
         self.ring = <job_t *>calloc(self.length, sizeof(job_t))
         self.memory = <uint8_t *>malloc(self.length * <size_t>self.chunk_size)
         if self.ring == NULL or self.memory == NULL:
@@ -55,7 +55,10 @@ cdef class ImageSink(ChunkSink):
         if is_zero(data, length):
             return self.put_zero(index, 1)
         job = &self.ring[self.next]
-        self._collect(job)
+        if job.state != JOB_IDLE:
+            # The ring is full. Sleep until half of it is done, not for every single job.
+            self.store.await_job(&self.ring[(self.next + self.length // 2) % self.length])
+            self._collect(job)
         memcpy(job.data, data, length)
         job.index = index
         job.length = length
@@ -80,8 +83,8 @@ cdef class ImageSink(ChunkSink):
             self.store.check()
             job.state = JOB_IDLE
             if job.added:
-                self.chunks_new += 1
-                self.chunk_bytes += job.added
+                self.chunks_new = self.chunks_new + 1
+                self.chunk_bytes = self.chunk_bytes + job.added
             self.builder.set(job.index, job.name)
         return 0
 
@@ -199,15 +202,15 @@ cdef class ImageSource(ChunkSource):
 
     def read(self, uint64_t offset, size_t length):
         """``length`` bytes from byte ``offset``. InvalidArgument beyond the end, RepositoryCorrupt, StorageError."""
-        cdef bytearray out
+        cdef bytes out
         cdef uint8_t *into
         if offset > self.size or length > self.size - offset:
             raise InvalidArgument(f"{length} bytes at {offset} are beyond the image's {self.size} bytes")
-        out = bytearray(length)
-        into = <uint8_t *><char *>out
+        out = PyBytes_FromStringAndSize(NULL, length)
+        into = <uint8_t *>PyBytes_AS_STRING(out)
         with nogil:
             self._read(offset, into, length)
-        return bytes(out)
+        return out
 
     def extents(self):
         """Iterate over (offset, length) of the parts that are no holes, in bytes, ascending; adjacent parts occur."""

@@ -11,7 +11,7 @@ import os
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, qsort, realloc
 from libc.string cimport memcmp, memcpy, memset
-from posix.unistd cimport pread
+from posix.unistd cimport close, pread
 
 from vmbackupd.engine.blake3 cimport keyed_hash
 from vmbackupd.engine.cursor cimport Cursor, cursor_over, read_u8, read_u16le, read_u32le, read_u64le, take
@@ -100,7 +100,7 @@ cdef class EntryTable:
                 return -1
             slot = self._slot(name)
         encode_entry(self.entries + self.count * <size_t>ENTRY, name, entry)
-        self.count += 1
+        self.count = self.count + 1
         slot[0] = self.count
         return 1
 
@@ -256,7 +256,7 @@ cdef class IndexFile:
 
     def __dealloc__(self):
         if self.index.fd >= 0:
-            os.close(self.index.fd)
+            close(self.index.fd)
         free(self.index.prefixes)
         free(self.index.tags)
         free(self.index.packs)

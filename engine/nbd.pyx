@@ -82,9 +82,8 @@ cdef class NbdConnection:
             self.fail_connection("meta context")
         if fd is not None:
             own = os.dup(fd)
+            # libnbd's from here on, also if this fails
             result = nbd_aio_connect_socket(self.handle, own)
-            if result == -1:
-                os.close(own)
         else:
             path = os.fsencode(unix)
             result = nbd_aio_connect_unix(self.handle, path)

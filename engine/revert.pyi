@@ -41,7 +41,9 @@ class RevertPlan:
     def chunks(self, chunk_size: int) -> Iterator[int]:
         """Indexes of the chunks that are touched, ascending, each once."""
 
-def patch(plan: RevertPlan, offset: int, buffer: bytearray | memoryview, read_store: Callable[[int, int], bytes]) -> int:
+def patch(
+    plan: RevertPlan, offset: int, buffer: bytearray | memoryview, read_store: Callable[[int, int], bytes]
+) -> int:
     """Set the image bytes ``[offset, offset + len(buffer))`` in ``buffer`` back to T1; returns the number of pieces used.
 
     ``read_store(offset, length)`` reads the T2 image of the scratch disk.

@@ -12,7 +12,7 @@ from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
-from posix.unistd cimport pread, pwrite
+from posix.unistd cimport close, pread, pwrite
 
 from vmbackupd.engine.chunkreader cimport ChunkReader
 from vmbackupd.engine.chunkstore cimport ChunkStore
@@ -398,7 +398,7 @@ cdef class TreeBuilder:
                 free(self.leaves[i].names)
             free(self.leaves)
         if self.spill >= 0:
-            os.close(self.spill)
+            close(self.spill)
 
     cdef int set(self, uint64_t index, const uint8_t *name) except -1 nogil:
         cdef leaf_t *leaf = self._leaf(index // self.shape.fanout)
@@ -425,7 +425,7 @@ cdef class TreeBuilder:
                 if self.places[leaf] > 0:
                     open_leaf = &self.leaves[self.places[leaf] - 1]
                     open_leaf.width = 0          # its place is free
-                    self.leaf_used -= 1
+                    self.leaf_used = self.leaf_used - 1
                 self.places[leaf] = 0
                 if not is_zero_name(self.names[0] + leaf * NAME):
                     memset(self.names[0] + leaf * NAME, 0, NAME)      # writes only where it must: untouched pages stay so
@@ -486,7 +486,7 @@ cdef class TreeBuilder:
             if not is_zero_name(self.names[0] + index * NAME):
                 self._read_node(self.names[0] + index * NAME, 0, leaf.names, leaf.missing)
         leaf.width = node_width(&self.shape, 0, index)
-        self.leaf_used += 1
+        self.leaf_used = self.leaf_used + 1
         self.places[index] = number + 1
         return leaf
 
@@ -504,7 +504,7 @@ cdef class TreeBuilder:
         self._swap(leaf.index, leaf, True)
         self.places[leaf.index] = -1
         leaf.width = 0
-        self.leaf_used -= 1
+        self.leaf_used = self.leaf_used - 1
         return number
 
     cdef int _swap(self, uint64_t index, leaf_t *leaf, bint out) except -1 nogil:
@@ -531,7 +531,7 @@ cdef class TreeBuilder:
         self._store_node(0, leaf.names, leaf.width, self.names[0] + leaf.index * NAME)
         self.places[leaf.index] = 0
         leaf.width = 0
-        self.leaf_used -= 1
+        self.leaf_used = self.leaf_used - 1
         return 0
 
     cdef int _store_node(self, int level, const uint8_t *names, uint32_t width, uint8_t *name) except -1 nogil:
@@ -542,8 +542,8 @@ cdef class TreeBuilder:
             return 0
         if self.store.keep(self.codec, self.room, length, KIND_NODE, name, &added) < 0:
             self.store.check()
-        self.bytes_stored += added
-        self.nodes_new += added != 0
+        self.bytes_stored = self.bytes_stored + added
+        self.nodes_new = self.nodes_new + (added != 0)
         return 0
 
     def finish(self):
@@ -571,5 +571,5 @@ cdef class TreeBuilder:
         root_encode(&self.shape, self.names[self.shape.depth - 1], record)
         if self.store.keep(self.codec, record, ROOT_LENGTH, KIND_ROOT, root, &added) < 0:
             self.store.check()
-        self.bytes_stored += added
+        self.bytes_stored = self.bytes_stored + added
         return 0

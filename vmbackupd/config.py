@@ -56,7 +56,7 @@ class ScratchConfig:
     """
 
     directory: Path
-    share: float = 0.5
+    share: float = 1.0
     size: int | None = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -12,12 +13,15 @@ from pathlib import Path
 
 from tests.conftest import require
 
+# a sanitizer that is preloaded into us (see setup.py) is not for them
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+
 
 @contextmanager
 def running(argv: list[str], ready: Path) -> Iterator[None]:
     """``argv`` until the block ends; entered once ``ready`` exists."""
     require(argv[0], shutil.which(argv[0]) is not None)
-    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, env=ENVIRONMENT)
     try:
         deadline = time.monotonic() + 20
         while not ready.exists():
@@ -59,7 +63,7 @@ def nbdkit_on_socket(*arguments: str) -> Iterator[socket.socket]:
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:
-            process = subprocess.Popen(["nbdkit", "-s", *arguments], stdin=theirs, stdout=theirs)
+            process = subprocess.Popen(["nbdkit", "-s", *arguments], stdin=theirs, stdout=theirs, env=ENVIRONMENT)
         try:
             yield ours
         finally:

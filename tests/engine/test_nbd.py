@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import threading
@@ -148,10 +149,13 @@ def test_a_server_that_never_answers_is_given_up(tmp_path: Path) -> None:
 
 
 def test_a_server_that_speaks_something_else() -> None:
-    for greeting in [b"", b"SSH-2.0-OpenSSH_9.2\r\n", b"NBDMAGIC" + b"\xff" * 64, b"NBDMAGICIHAVEOPT\xff\xff" + bytes(99)]:
+    greetings = [b"", b"SSH-2.0-OpenSSH_9.2\r\n", b"NBDMAGIC" + b"\xff" * 64, b"NBDMAGICIHAVEOPT\xff\xff" + bytes(99)]
+    open_files = len(os.listdir("/proc/self/fd"))
+    for greeting in greetings:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             theirs.sendall(greeting)
             theirs.shutdown(socket.SHUT_WR)
             with pytest.raises(SourceError):
                 NbdConnection(fd=ours.fileno(), timeout=2)
+    assert len(os.listdir("/proc/self/fd")) == open_files

@@ -12,9 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests import outliving
 from tests.lab import Lab
+from tests.lab.services import until
 from vmbackupd.job.faultpoints import VARIABLE
 
+ROOT = Path(__file__).parent.parent.parent
 START_DEADLINE = 120.0  # recovery runs before the daemon is ready
 COMMAND_DEADLINE = 400.0
 
@@ -47,7 +50,9 @@ class Service:
             "scratch": f'directory = "{self.scratch}"',
         }
         for table, lines in settings.items():
-            tables[table] = "\n".join(filter(None, (tables.get(table), lines)))
+            own = {line.split("=")[0] for line in lines.splitlines()}
+            kept = [line for line in tables.get(table, "").splitlines() if line.split("=")[0] not in own]
+            tables[table] = "\n".join([*kept, lines])
         head = f'state_directory = "{self.state}"\nruntime_directory = "{self.lab.dir}/r"\n'
         self.config.write_text(head + "".join(f"[{name}]\n{lines}\n" for name, lines in tables.items()))
 
@@ -77,12 +82,13 @@ class Service:
                     "--bus-address",
                     self.lab.bus_address,
                 ],
-                cwd=Path(__file__).parent.parent.parent,
+                cwd=ROOT,
                 env=environment,
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
             )
+            outliving.PIDS.add(self.process.pid)
             while b"READY=1" not in ready.recv(4096):
                 assert self.process.poll() is None, self.tail()
 
@@ -98,6 +104,11 @@ class Service:
             status = process.wait(timeout=60)
             assert status == 0, f"the daemon ended with {status}:\n{self.tail()}"
 
+    def signal(self, number: signal.Signals) -> None:
+        """Send the daemon a signal."""
+        assert self.process is not None
+        self.process.send_signal(number)
+
     def wait_killed(self) -> None:
         """Wait until a fault point has killed the daemon."""
         assert self.process is not None
@@ -112,7 +123,7 @@ class Service:
         """Run ``vmbackupctl`` with ``words``."""
         return subprocess.run(
             [sys.executable, "-m", "vmbackupd.cli", "--bus-address", self.lab.bus_address, *words],
-            cwd=Path(__file__).parent.parent.parent,
+            cwd=ROOT,
             capture_output=True,
             text=True,
             check=False,
@@ -120,17 +131,61 @@ class Service:
             stdin=subprocess.DEVNULL,
         )
 
+    def begin(self, *words: str) -> subprocess.Popen[str]:
+        """Start ``vmbackupctl`` with ``words`` and ``--json`` and go on; :meth:`end` waits for it."""
+        argv = [sys.executable, "-m", "vmbackupd.cli", "--bus-address", self.lab.bus_address, *words, "--json"]
+        return subprocess.Popen(
+            argv, cwd=ROOT, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    def end(self, command: subprocess.Popen[str], status: int = 0) -> Any:
+        """The JSON of a command that was begun."""
+        out, err = command.communicate(timeout=COMMAND_DEADLINE)
+        return self._parsed(command.args, command.returncode, out, err, status)
+
+    def _parsed(self, words: object, returncode: int, out: str, err: str, status: int) -> Any:
+        if returncode != status:
+            raise CommandError(
+                f"{words} ended with {returncode}, expected {status}:\n{out}{err}\ndaemon:\n{self.tail()}"
+            )
+        return json.loads(out) if out.strip() else None
+
     def ctl(self, *words: str, status: int = 0) -> Any:
         """The JSON that ``vmbackupctl --json`` prints; fails unless it ends with ``status``."""
         done = self.run(*words, "--json")
-        if done.returncode != status:
-            raise CommandError(
-                f"vmbackupctl {' '.join(words)} ended with {done.returncode}, expected {status}:\n"
-                f"{done.stdout}{done.stderr}\ndaemon:\n{self.tail()}"
-            )
-        return json.loads(done.stdout) if done.stdout.strip() else None
+        return self._parsed(done.args, done.returncode, done.stdout, done.stderr, status)
 
     def fails(self, *words: str) -> tuple[str, str]:
         """``(code, message)`` of the error a command that must fail with status 1 reports."""
         error = self.ctl(*words, status=1)["error"]
         return error["code"], error["message"]
+
+
+class Pause:
+    """A fault point at which the daemon waits: ``Pause(directory, point).fault`` for :meth:`Service.restart`."""
+
+    def __init__(self, directory: Path, point: str) -> None:
+        self._directory, self._point = directory, point
+        self.fault = f"{point}=pause:{directory}"
+
+    def wait(self) -> None:
+        """Wait until the daemon has come there."""
+        reached = self._directory / f"{self._point}.reached"
+        until(reached.exists, COMMAND_DEADLINE, f"the daemon reaches {self._point}", 0.05)
+
+    def go(self) -> None:
+        """Let it go on."""
+        (self._directory / f"{self._point}.go").touch()
+
+
+def storage_daemons() -> list[str]:
+    """Command lines of the qemu-storage-daemons on this machine."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue  # ended meanwhile
+        if "qemu-storage-daemon" in words.split(" ")[0]:
+            found.append(words)
+    return found

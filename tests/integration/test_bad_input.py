@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.integration.service import Service
+from tests.integration.service import Pause, Service
 from tests.lab import Lab
 from tests.lab.guest import Guest
 
@@ -81,18 +82,16 @@ def test_guest_without_python(service: Service, plain_guest: Guest) -> None:
 
 
 def test_cow_store_that_overflows(service: Service, plain_guest: Guest, tmp_path: Path) -> None:
+    pause = Pause(tmp_path, "passthrough-copy:begin")
     service.configure(scratch='size = "4 MiB"')
-    service.restart(f"passthrough-copy:begin=pause:{tmp_path}")
+    service.restart(pause.fault)
     try:
-        job = service.ctl("backup", plain_guest.name, "--no-wait")["job"]
-        service.wait_for(tmp_path / "passthrough-copy:begin.reached")
-        plain_guest.exec(
-            "dd if=/dev/urandom of=/mnt/data/overflow bs=1M count=16 conv=fsync; rm /mnt/data/overflow; sync"
-        )
-        (tmp_path / "passthrough-copy:begin.go").touch()
-        ended = service.wait_job(job)
-        assert ended["state"] == "failed"
-        assert ended["error"]["code"] == "SnapshotLost" and "full" in ended["error"]["message"]
+        command = service.begin("backup", plain_guest.name)
+        pause.wait()
+        plain_guest.exec("dd if=/dev/urandom of=/mnt/data/x bs=1M count=16 conv=fsync; rm /mnt/data/x; sync")
+        pause.go()
+        error = service.end(command, status=1)["error"]
+        assert error["code"] == "SnapshotLost" and "vgdata-data" in error["message"] and "full" in error["message"]
     finally:
         service.configure()
         service.restart()
@@ -103,18 +102,17 @@ def test_uncovered_volume_fails_the_backup_unless_allowed_by_name(
     lab: Lab, service: Service, plain_guest: Guest
 ) -> None:
     lun = lab.iscsi.create_lun("plainfs", size=64 << 20)
-    plain_guest.login(lun)
-    device = plain_guest.device_of(lun)
+    device = plain_guest.login(lun)
     plain_guest.exec(f"mkfs.ext4 -q {device} && mkdir -p /mnt/plainfs && mount {device} /mnt/plainfs")
     try:
         code, message = service.fails("backup", plain_guest.name)
         ident = f"iscsi:{lun.iqn}/{lun.lun}"
-        assert code == "UncoveredVolume" and ident in message and "/mnt/plainfs" in message
+        assert code == "UncoveredVolume" and ident in message and device in message and "/mnt/plainfs" in message
         result = service.ctl("backup", plain_guest.name, "--allow-uncovered", ident, status=3)
-        assert ident in [item["id"] for item in result["uncovered"]]
+        assert result["uncovered"] == [ident]
         shown = service.ctl("show", result["backup"])
         assert ident not in [volume["id"] for volume in shown["volumes"]]
-        assert [item for item in shown["coverage"] if item["id"] == ident][0]["decision"] == "allowed"
+        assert [item["decision"] for item in shown["coverage"] if item["id"] == ident] == ["allowed"]
     finally:
         plain_guest.exec("umount /mnt/plainfs")
         plain_guest.logout(lun)
@@ -124,17 +122,47 @@ def test_a_disk_that_appears_between_inspect_and_t1_is_noticed(
     lab: Lab, service: Service, plain_guest: Guest, tmp_path: Path
 ) -> None:
     lun = lab.iscsi.create_lun("late", size=64 << 20)
-    service.restart(f"prepare:end=pause:{tmp_path}")
+    pause = Pause(tmp_path, "prepare:end")
+    service.restart(pause.fault)
     try:
-        job = service.ctl("backup", plain_guest.name, "--no-wait")["job"]
-        service.wait_for(tmp_path / "prepare:end.reached")
+        command = service.begin("backup", plain_guest.name)
+        pause.wait()
         plain_guest.login(lun)
-        (tmp_path / "prepare:end.go").touch()
-        ended = service.wait_job(job)
-        assert ended["error"]["code"] == "TopologyChanged" and lun.iqn in ended["error"]["message"]
+        pause.go()
+        error = service.end(command, status=1)["error"]
+        assert error["code"] == "TopologyChanged" and lun.iqn in error["message"]
     finally:
         plain_guest.logout(lun)
         service.restart()
+
+
+def test_a_table_that_is_reloaded_voids_the_snapshot(service: Service, plain_guest: Guest, tmp_path: Path) -> None:
+    pause = Pause(tmp_path, "passthrough-copy:begin")
+    service.restart(pause.fault)
+    try:
+        command = service.begin("backup", plain_guest.name)
+        pause.wait()
+        plain_guest.exec("lvchange --refresh vgdata/data")  # what lvextend, pvmove and others do on their way
+        pause.go()
+        error = service.end(command, status=1)["error"]
+        assert error["code"] == "SnapshotLost" and "vgdata-data" in error["message"]
+    finally:
+        service.restart()
+
+
+def test_repository_that_is_full(lab: Lab, service: Service, plain_guest: Guest, tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)], check=True)
+    try:
+        service.configure(repository=f'path = "{tmp_path}/repository"')
+        service.restart()
+        service.ctl("repository", "init")
+        code, message = service.fails("backup", plain_guest.name)
+        assert code == "RepositoryFull" and str(tmp_path) in message
+        assert service.ctl("list") == []
+    finally:
+        service.configure()
+        service.restart()
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_inspect_shows_every_device(service: Service, plain_guest: Guest) -> None:

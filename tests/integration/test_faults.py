@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.integration.service import Service
+from tests.integration.service import Pause, Service, storage_daemons
 from tests.lab import Lab
 from tests.lab.guest import Guest
+from tests.lab.services import until
 
 pytestmark = pytest.mark.lab
 
@@ -86,8 +88,7 @@ def untouched(lab: Lab, plain_guest: Guest, service: Service) -> Iterator[None]:
     assert plain_guest.agent("guest-fsfreeze-status") == "thawed"
     plain_guest.exec("for m in / /mnt/data /mnt/iscsi /mnt/lun /mnt/span; do touch $m/.probe && rm $m/.probe; done")
     assert State.of(lab, plain_guest, service) == before
-    done = lab.processes_named("qemu-storage-daemon")
-    assert not done, done
+    assert not storage_daemons()
 
 
 @pytest.mark.parametrize("point", KILLS)
@@ -120,11 +121,29 @@ def test_failed_job_undoes_what_it_did(service: Service, plain_guest: Guest, poi
 def test_a_freeze_over_its_budget_is_ended_and_fails_with_the_figure(
     service: Service, plain_guest: Guest, tmp_path: Path
 ) -> None:
-    service.restart(f"t1-snapshot:frozen=pause:{tmp_path}")
-    code, message = service.fails("backup", plain_guest.name, "--freeze-budget", "3")
-    (tmp_path / "t1-snapshot:frozen.go").touch()
-    assert code == "FreezeBudgetExceeded"
-    assert "budget of 3000 ms" in message
+    pause = Pause(tmp_path, "t1-snapshot:frozen")
+    service.restart(pause.fault)
+    command = service.begin("backup", plain_guest.name, "--freeze-budget", "3")
+    pause.wait()
+    until(lambda: plain_guest.agent("guest-fsfreeze-status") == "thawed", 60, "the guest is thawed", 0.1)
+    pause.go()
+    error = service.end(command, status=1)["error"]
+    assert error["code"] == "FreezeBudgetExceeded"
+    assert "budget of 3000 ms" in error["message"]
+
+
+def test_a_guest_whose_host_falls_silent_thaws_by_itself(service: Service, plain_guest: Guest, tmp_path: Path) -> None:
+    pause = Pause(tmp_path, "t1-snapshot:frozen")
+    service.restart(pause.fault)
+    command = service.begin("backup", plain_guest.name, "--freeze-budget", "4")
+    pause.wait()
+    service.signal(signal.SIGSTOP)
+    try:
+        plain_guest.exec("touch /mnt/data/.probe && rm /mnt/data/.probe", timeout=60)  # blocks until it is thawed
+    finally:
+        service.signal(signal.SIGCONT)
+    pause.go()
+    assert service.end(command, status=1)["error"]["code"] == "FreezeBudgetExceeded"
 
 
 def test_after_all_that_a_backup_works(service: Service, plain_guest: Guest) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import queue
-import threading
+import select
+import socket
 
 from systemd import daemon, journal
 from vmbackupd.job.job import current_job
@@ -19,67 +19,63 @@ log = logging.getLogger("daemon.sd")
 IDENTIFIER = "vmbackupd"
 EXTEND_EVERY = 5.0  # seconds
 EXTEND_BY = 60.0  # seconds
-QUEUE = 32  # messages
-CLOSE_TIMEOUT = 2.0  # seconds
 
 
-class _Sender:
-    """Hands messages to systemd from a thread: ``sd_notify`` blocks while systemd does not read, and the event loop,
-    on which a frozen guest may depend, must not wait for that. Messages that find the queue full are dropped."""
+def _notify(message: str) -> None:
+    """Tell systemd, unless it does not read at the moment.
 
-    def __init__(self) -> None:
-        self._queue: queue.Queue[str | None] = queue.Queue(QUEUE)
-        self._thread = threading.Thread(target=self._run, name="sd_notify", daemon=True)
-        self._thread.start()
+    systemd-python's call blocks then, with the interpreter's lock held: the event loop, on which a frozen guest may
+    depend, would stand still.
+    """
+    if not _listening():
+        log.debug("systemd does not listen; not told: %s", message)
+        return
+    try:
+        daemon.notify(message)
+    except OSError as error:  # whoever listened is gone: not a reason to fail a backup
+        log.debug("telling systemd: %s", error)
 
-    def send(self, message: str) -> None:
+
+def _listening() -> bool:
+    """Whether the socket systemd gave us takes a message now."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if not path.startswith(("/", "@")):
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         try:
-            self._queue.put_nowait(message)
-        except queue.Full:
-            log.debug("systemd does not listen; not told: %s", message)
-
-    def close(self) -> None:
-        """Send what is waiting, for a short while."""
-        try:
-            self._queue.put(None, timeout=CLOSE_TIMEOUT)
-            self._thread.join(CLOSE_TIMEOUT)
-        except queue.Full:
-            pass  # the thread hangs in a call; it ends with the process
-
-    def _run(self) -> None:
-        while (message := self._queue.get()) is not None:
-            try:
-                daemon.notify(message)
-            except OSError as error:  # whoever listened is gone: not a reason to fail a backup
-                log.debug("telling systemd: %s", error)
+            probe.connect("\0" + path[1:] if path.startswith("@") else path)
+        except OSError:
+            return False
+        poll = select.poll()
+        poll.register(probe, select.POLLOUT)
+        return any(events & select.POLLOUT for _, events in poll.poll(0))
 
 
 class Notifier:
     """Messages to systemd about this service."""
 
     def __init__(self) -> None:
-        self._sender = _Sender()
         self._watchdog: asyncio.TimerHandle | None = None
         self._extension: asyncio.TimerHandle | None = None
 
     def ready(self, status: str) -> None:
         """The service is up."""
         self._stop_extending()
-        self._sender.send(f"READY=1\nSTATUS={_line(status)}")
+        _notify(f"READY=1\nSTATUS={_line(status)}")
 
     def status(self, text: str) -> None:
         """What ``systemctl status`` shows."""
-        self._sender.send(f"STATUS={_line(text)}")
+        _notify(f"STATUS={_line(text)}")
 
     def stopping(self, status: str) -> None:
         """The service is on its way down, and takes the time it needs as long as the event loop runs."""
-        self._sender.send(f"STOPPING=1\nSTATUS={_line(status)}")
+        _notify(f"STOPPING=1\nSTATUS={_line(status)}")
         self.extend_timeout()
 
     def extend_timeout(self) -> None:
         """Keep systemd from running out of patience with a start or a stop, until it is over."""
         self._stop_extending()
-        self._sender.send(f"EXTEND_TIMEOUT_USEC={int(EXTEND_BY * 1e6)}")
+        _notify(f"EXTEND_TIMEOUT_USEC={int(EXTEND_BY * 1e6)}")
         self._extension = asyncio.get_running_loop().call_later(EXTEND_EVERY, self.extend_timeout)
 
     def start_watchdog(self) -> None:
@@ -94,10 +90,9 @@ class Notifier:
         if self._watchdog is not None:
             self._watchdog.cancel()
             self._watchdog = None
-        self._sender.close()
 
     def _feed(self, interval: float) -> None:
-        self._sender.send("WATCHDOG=1")
+        _notify("WATCHDOG=1")
         self._watchdog = asyncio.get_running_loop().call_later(interval, self._feed, interval)
 
     def _stop_extending(self) -> None:

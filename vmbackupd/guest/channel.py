@@ -46,8 +46,9 @@ class Channel:
             await hello.greet(sock, deadline)
         except OSError as error:  # TimeoutError is one
             sock.close()
-            raise GuestHelperUnavailable(f"VM {vm}: no guest helper answered on {path} within {timeout:g} s"
-                                         f"{f' ({error})' if str(error) else ''}") from error
+            raise GuestHelperUnavailable(
+                f"VM {vm}: no guest helper answered on {path} within {timeout:g} s{f' ({error})' if str(error) else ''}"
+            ) from error
         except BaseException:
             sock.close()
             raise
@@ -70,7 +71,8 @@ class Channel:
             except TimeoutError as error:
                 await self.close()
                 raise GuestHelperUnavailable(
-                    f"VM {self.vm}: the guest helper did not answer {method} within {timeout:g} s") from error
+                    f"VM {self.vm}: the guest helper did not answer {method} within {timeout:g} s"
+                ) from error
             except OSError as error:
                 await self.close()
                 raise GuestHelperUnavailable(f"VM {self.vm}: the channel to the guest helper broke: {error}") from error

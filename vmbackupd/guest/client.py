@@ -37,13 +37,21 @@ GUEST_PACKAGE = "vmbackupd-guest"
 """The package that brings the helper into guests whose agent runs no programs for us."""
 
 START_TIMEOUT = 60.0  # an emulated guest takes ten seconds to start a Python
-INSTALLED_TIMEOUT = 30.0  # for udev and systemd in the guest to start an installed helper
+INSTALLED_TIMEOUT = 20.0  # for udev and systemd in the guest to start an installed helper
 RECONNECT_TIMEOUT = 6.0
 RELEASE_TIMEOUT = 120.0
 _SHORT, _LONG = 20.0, 120.0  # what only looks; what waits for devices in the guest
 
-__all__ = ["AgentCall", "GuestHelper", "HelperStatus", "PreparedVolume", "SnapResult", "VolumeStatus",
-           "open_data_channel", "remove_leftovers"]
+__all__ = [
+    "AgentCall",
+    "GuestHelper",
+    "HelperStatus",
+    "PreparedVolume",
+    "SnapResult",
+    "VolumeStatus",
+    "open_data_channel",
+    "remove_leftovers",
+]
 
 
 class GuestHelper:
@@ -58,8 +66,9 @@ class GuestHelper:
         self._keeper = asyncio.create_task(self._keep_alive(lease / 4), name=f"guest helper of {job}")
 
     @classmethod
-    async def start(cls, agent: AgentCall, socket_path: str, *, vm: str, job: str, channel: str,
-                    lease: float = 300.0) -> GuestHelper:
+    async def start(
+        cls, agent: AgentCall, socket_path: str, *, vm: str, job: str, channel: str, lease: float = 300.0
+    ) -> GuestHelper:
         """Push and start the helper on the port ``channel``, or wait for an installed one, and say hello.
 
         Raises ``GuestAgentUnavailable``, ``GuestAgentRefused`` (nothing installed, and the agent starts nothing),
@@ -73,8 +82,9 @@ class GuestHelper:
         except GuestAgentRefused as error:
             may, refused = False, error
         try:
-            return await cls._connect(socket_path, vm=vm, job=job, lease=lease,
-                                      timeout=START_TIMEOUT if may else INSTALLED_TIMEOUT)
+            return await cls._connect(
+                socket_path, vm=vm, job=job, lease=lease, timeout=START_TIMEOUT if may else INSTALLED_TIMEOUT
+            )
         except GuestHelperUnavailable as error:
             if may:
                 raise
@@ -103,8 +113,9 @@ class GuestHelper:
         """All block devices of the guest."""
         return parse_report(await self._call("probe", {}, _LONG))
 
-    async def prepare(self, *, scratch_serial: str, volumes: Mapping[str, int], chunk_sectors: int = 128
-                      ) -> list[PreparedVolume]:
+    async def prepare(
+        self, *, scratch_serial: str, volumes: Mapping[str, int], chunk_sectors: int = 128
+    ) -> list[PreparedVolume]:
         """Make everything for the snapshots of ``volumes`` (device → bytes of its store) but the last step; in their
         order. After a failure nothing of it is left."""
         asked = [{"device": device, "store_bytes": length} for device, length in volumes.items()]
@@ -176,7 +187,8 @@ async def open_data_channel(socket_path: str, *, timeout: float) -> socket.socke
             raise
     except OSError as error:  # TimeoutError is one
         raise GuestHelperUnavailable(
-            f"the guest helper does not answer on its data port {socket_path}: {error or 'silence'}") from error
+            f"the guest helper does not answer on its data port {socket_path}: {error or 'silence'}"
+        ) from error
     return sock
 
 
@@ -188,7 +200,6 @@ async def remove_leftovers(agent: AgentCall, *, vm: str, job: str) -> None:
     if not await deploy.may_execute(agent):
         raise GuestAgentRefused(
             f"VM {vm}: its guest agent does not allow guest-exec; an installed helper removes the snapshots of {job} "
-            "by itself when its lease ends")
+            "by itself when its lease ends"
+        )
     await deploy.release(agent, vm=vm, job=job, timeout=RELEASE_TIMEOUT)
-
-

@@ -109,8 +109,12 @@ async def release(agent: AgentCall, *, vm: str, job: str, timeout: float) -> Non
 
 async def _run(agent: AgentCall, script: str, arguments: list[str], *, vm: str, what: str, timeout: float) -> None:
     """Run a shell script with the helper on its standard input, and wait for its end."""
-    call = {"path": "/bin/sh", "arg": ["-c", script, "vmbackupd", *arguments], "capture-output": True,
-            "input-data": base64.b64encode(await asyncio.to_thread(build_zipapp)).decode()}
+    call = {
+        "path": "/bin/sh",
+        "arg": ["-c", script, "vmbackupd", *arguments],
+        "capture-output": True,
+        "input-data": base64.b64encode(await asyncio.to_thread(build_zipapp)).decode(),
+    }
     started = _object(await agent("guest-exec", call, _CALL_TIMEOUT), "guest-exec")
     pid = get_int(started, "pid", error=GuestProtocolError)
     deadline = asyncio.get_running_loop().time() + timeout
@@ -163,5 +167,3 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv))
-
-

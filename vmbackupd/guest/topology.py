@@ -59,6 +59,8 @@ def flatten(report: GuestReport, devno: str) -> tuple[Place, ...]:
             places[-1] = Place(last.disk, last.offset, last.length + place.length)
         else:
             places.append(place)
+    if not places:
+        raise UncoveredVolume(f"{device.name} has no table")
     return tuple(places)
 
 

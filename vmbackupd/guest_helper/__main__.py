@@ -1,10 +1,10 @@
 """The helper's command line.
 
-    --port NAME [--lease SECONDS]      serve the host on this virtio-serial port
-    --release JOB                      remove everything of a job (or of a control port's job), end its helper, exit
-    --fd NUMBER                        serve an inherited descriptor instead of a port
-    --allow-files                      let ``serve`` export files (tests)
-    --remove-self                      delete the program's own file, and its directory, at the end
+--port NAME [--lease SECONDS]      serve the host on this virtio-serial port
+--release JOB                      remove everything of a job (or of a control port's job), end its helper, exit
+--fd NUMBER                        serve an inherited descriptor instead of a port
+--allow-files                      let ``serve`` export files (tests)
+--remove-self                      delete the program's own file, and its directory, at the end
 """
 
 import argparse
@@ -67,7 +67,7 @@ def _end(number: int, frame: object) -> None:
 
 def _release(job: str) -> None:
     if job.startswith(PORT[0]) and job.endswith(PORT[1]):
-        job = job[len(PORT[0]): -len(PORT[1])]
+        job = job[len(PORT[0]) : -len(PORT[1])]
     job = params.job_id(job)
     processes.end_helpers(job.join(PORT))
     dm = Dm() if devices.read("/sys/class/misc/device-mapper/dev") else None

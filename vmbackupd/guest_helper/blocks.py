@@ -74,7 +74,7 @@ class Blocks:
         data = self._image.read(start, min(count * BLOCK, self.size - start))
         found = []
         for at in range(0, len(data), BLOCK):
-            block = data[at: at + BLOCK]
+            block = data[at : at + BLOCK]
             found.append(None if block == (_ZEROS if len(block) == BLOCK else bytes(len(block))) else block)
         return found
 
@@ -89,5 +89,5 @@ class Blocks:
         stop = min(start + BLOCK, self.size)
         first, last = max(start, offset), min(stop, end)
         if data is not None and (first, last) != (start, stop):
-            data = data[first - start: last - start]
+            data = data[first - start : last - start]
         return Block(first, last - first, data)

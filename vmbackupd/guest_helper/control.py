@@ -34,9 +34,17 @@ class Control:
         self._in_session = False
         self._ended = False
         self._methods: Dict[str, Callable[[Params], Dict[str, Any]]] = {
-            "identify": self._identify, "ping": self._ping, "probe": self._probe, "prepare": self._prepare,
-            "arm": self._arm, "snap": self._snap, "disarm": self._disarm, "status": self._status, "serve": self._serve,
-            "release": self._release, "quit": self._quit,
+            "identify": self._identify,
+            "ping": self._ping,
+            "probe": self._probe,
+            "prepare": self._prepare,
+            "arm": self._arm,
+            "snap": self._snap,
+            "disarm": self._disarm,
+            "status": self._status,
+            "serve": self._serve,
+            "release": self._release,
+            "quit": self._quit,
         }
 
     def run(self) -> None:
@@ -87,8 +95,12 @@ class Control:
             if not isinstance(ident, int) or not isinstance(params, dict):
                 raise TypeError
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            self._reply({"id": ident if isinstance(ident, int) else None,
-                         "error": {"code": "InvalidRequest", "message": "no such method, or not a request"}})
+            self._reply(
+                {
+                    "id": ident if isinstance(ident, int) else None,
+                    "error": {"code": "InvalidRequest", "message": "no such method, or not a request"},
+                }
+            )
             return
         try:
             self._reply({"id": ident, "result": method(params)})
@@ -111,8 +123,14 @@ class Control:
     # methods
 
     def _identify(self, params: Params) -> Dict[str, Any]:
-        return {"version": PROTOCOL, "helper": HELPER_VERSION, "boot_id": devices.boot_id(),
-                "kernel": clip(platform.release(), 128), "python": platform.python_version(), "pid": os.getpid()}
+        return {
+            "version": PROTOCOL,
+            "helper": HELPER_VERSION,
+            "boot_id": devices.boot_id(),
+            "kernel": clip(platform.release(), 128),
+            "python": platform.python_version(),
+            "pid": os.getpid(),
+        }
 
     def _ping(self, params: Params) -> Dict[str, Any]:
         """Nothing, but the lease begins anew."""

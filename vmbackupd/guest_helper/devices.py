@@ -34,8 +34,9 @@ def probe(dm: Optional[Dm]) -> Dict[str, Any]:
     names = sorted(os.listdir(BLOCK), key=lambda name: (len(name), name))
     devices = [device for device in (_device(name) for name in names) if device is not None]
     if len(devices) > MAX_DEVICES:
-        raise HelperError("TooManyDevices", "the guest has %d block devices, at most %d are handled"
-                          % (len(devices), MAX_DEVICES))
+        raise HelperError(
+            "TooManyDevices", "the guest has %d block devices, at most %d are handled" % (len(devices), MAX_DEVICES)
+        )
     known = {device["devno"]: device for device in devices}
     for device in devices:  # a device that came or went meanwhile leaves no dangling reference
         device["slaves"] = [devno for devno in device["slaves"] if devno in known]
@@ -46,13 +47,18 @@ def probe(dm: Optional[Dm]) -> Dict[str, Any]:
             device["dm"] = _dm(dm, device["devno"])
     for mount in mounts.mounts():
         if mount.devno in known:
-            known[mount.devno]["mounts"].append({"path": clip(mount.path, 4096), "fstype": clip(mount.fstype, 64),
-                                                 "options": clip(mount.options, 1024)})
+            known[mount.devno]["mounts"].append(
+                {"path": clip(mount.path, 4096), "fstype": clip(mount.fstype, 64), "options": clip(mount.options, 1024)}
+            )
     for devno in mounts.swaps():
         if devno in known:
             known[devno]["swap"] = True
-    return {"boot_id": boot_id(), "kernel": clip(platform.release(), 128), "hostname": clip(platform.node(), 255),
-            "devices": devices}
+    return {
+        "boot_id": boot_id(),
+        "kernel": clip(platform.release(), 128),
+        "hostname": clip(platform.node(), 255),
+        "devices": devices,
+    }
 
 
 def read(path: str, limit: int = 4096) -> str:
@@ -94,17 +100,23 @@ def _device(name: str) -> Optional[Device]:
     udev = _udev(devno)
     hardware = os.path.realpath(os.path.join(whole, "device")) if os.path.exists(os.path.join(whole, "device")) else ""
     device: Device = {
-        "name": clip(name.replace("!", "/"), 255), "devno": devno, "type": _type(name, part, hardware),
+        "name": clip(name.replace("!", "/"), 255),
+        "devno": devno,
+        "type": _type(name, part, hardware),
         "size": _number(os.path.join(base, "size")) * SECTOR,
         "logical_block": _number(os.path.join(whole, "queue/logical_block_size")) or SECTOR,
         "read_only": read(os.path.join(base, "ro")) == "1",
         "removable": read(os.path.join(whole, "removable")) == "1",
         "parent": read(os.path.join(whole, "dev")) if part else None,
         "start": _number(os.path.join(base, "start")) * SECTOR if part else None,
-        "slaves": _links(os.path.join(base, "slaves")), "holders": _links(os.path.join(base, "holders")),
+        "slaves": _links(os.path.join(base, "slaves")),
+        "holders": _links(os.path.join(base, "holders")),
         "backing": clip(read(os.path.join(base, "loop/backing_file")), 4096) or None,
-        "dm": None, "fstype": clip(udev.get("ID_FS_TYPE", ""), 64) or None,
-        "fsuuid": clip(udev.get("ID_FS_UUID", ""), 128) or None, "mounts": [], "swap": False,
+        "dm": None,
+        "fstype": clip(udev.get("ID_FS_TYPE", ""), 64) or None,
+        "fsuuid": clip(udev.get("ID_FS_UUID", ""), 128) or None,
+        "mounts": [],
+        "swap": False,
     }
     device.update(_identity(whole, hardware, udev))
     device.update(_address(hardware))
@@ -123,9 +135,12 @@ def _type(name: str, part: bool, hardware: str) -> str:
 def _identity(whole: str, hardware: str, udev: Dict[str, str]) -> Dict[str, Optional[str]]:
     serial = read(os.path.join(whole, "serial")) or read(os.path.join(hardware, "serial")) if hardware else ""
     serial = serial or udev.get("ID_SCSI_SERIAL", "") or udev.get("ID_SERIAL_SHORT", "") or _vpd_serial(hardware)
-    return {"serial": clip(serial, 255) or None, "wwn": clip(_wwn(whole, hardware, udev), 255) or None,
-            "vendor": clip(read(os.path.join(hardware, "vendor")), 64) or None if hardware else None,
-            "model": clip(read(os.path.join(hardware, "model")), 64) or None if hardware else None}
+    return {
+        "serial": clip(serial, 255) or None,
+        "wwn": clip(_wwn(whole, hardware, udev), 255) or None,
+        "vendor": clip(read(os.path.join(hardware, "vendor")), 64) or None if hardware else None,
+        "model": clip(read(os.path.join(hardware, "model")), 64) or None if hardware else None,
+    }
 
 
 def _wwn(whole: str, hardware: str, udev: Dict[str, str]) -> str:
@@ -133,7 +148,7 @@ def _wwn(whole: str, hardware: str, udev: Dict[str, str]) -> str:
     wwid = (read(os.path.join(hardware, "wwid")) if hardware else "") or read(os.path.join(whole, "wwid"))
     for prefix in ("naa.", "eui.", "uuid."):
         if wwid.startswith(prefix):
-            return wwid[len(prefix):].lower()
+            return wwid[len(prefix) :].lower()
     name = (udev.get("ID_WWN_WITH_EXTENSION", "") or udev.get("ID_WWN", "")).lower()
     return name[2:] if name.startswith("0x") else name
 
@@ -176,7 +191,7 @@ def _address(hardware: str) -> Dict[str, Any]:
 def _iscsi(session: str, lun: int) -> Optional[Dict[str, Any]]:
     """The address a session was made with: what the initiator would log in to again."""
     iqn = read("/sys/class/iscsi_session/%s/targetname" % session)
-    connection = "/sys/class/iscsi_connection/connection%s:0/" % session[len("session"):]
+    connection = "/sys/class/iscsi_connection/connection%s:0/" % session[len("session") :]
     host = read(connection + "persistent_address") or read(connection + "address")
     port = read(connection + "persistent_port") or read(connection + "port")
     if not iqn or not host:

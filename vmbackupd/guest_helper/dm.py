@@ -86,13 +86,21 @@ def number_of(devno: str) -> int:
     return (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)
 
 
-def request(number: int = 0, flags: int = 0, name: str = "", uuid: str = "", rows: Sequence[Target] = (),
-            event: int = 0, size: int = _SMALL) -> bytearray:
+def request(
+    number: int = 0,
+    flags: int = 0,
+    name: str = "",
+    uuid: str = "",
+    rows: Sequence[Target] = (),
+    event: int = 0,
+    size: int = _SMALL,
+) -> bytearray:
     """The buffer of one ioctl on the device ``number`` (or ``name``, where there is no number yet)."""
     payload = b"".join(_row(row) for row in rows)
     size = max(size, (_HEADER.size + len(payload) + 4095) & ~4095) if payload else size
-    head = _HEADER.pack(4, 0, 0, size, _HEADER.size, len(rows), 0, flags, event, 0, number, name.encode(),
-                        uuid.encode())
+    head = _HEADER.pack(
+        4, 0, 0, size, _HEADER.size, len(rows), 0, flags, event, 0, number, name.encode(), uuid.encode()
+    )
     return bytearray((head + payload).ljust(size, b"\0"))
 
 
@@ -121,7 +129,7 @@ class Dm:
 
     @contextlib.contextmanager
     def alone(self, seconds: float = 60.0) -> Iterator[None]:
-        """While this lasts no other process of ours is in here: two releases would take devices from under each other."""
+        """Keep other processes of ours out: two releases would take devices from under each other."""
         deadline = time.monotonic() + seconds
         while True:
             try:

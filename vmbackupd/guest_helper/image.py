@@ -38,13 +38,13 @@ class Device:
         done = 0
         while first + done < offset + length:
             os.lseek(self._fd, first + done, os.SEEK_SET)
-            count = os.readv(self._fd, [self._memory[done: end - first]])
+            count = os.readv(self._fd, [self._memory[done : end - first]])
             if count == 0:
                 raise OSError(errno.EIO, "the device ends at byte %d" % (first + done))
             done += count
         if not self._direct:
             os.posix_fadvise(self._fd, first, end - first, os.POSIX_FADV_DONTNEED)
-        return self._memory[offset - first: offset - first + length]
+        return self._memory[offset - first : offset - first + length]
 
 
 class _Part(NamedTuple):
@@ -60,8 +60,15 @@ class Image:
     def __init__(self, live: Device, overlays: Iterable[Tuple[Device, List[Piece]]] = (), disk: str = "") -> None:
         """``live`` is the disk ``disk``; the ``overlays`` are snapshots with the places of their bytes."""
         self.size = live.size
-        hooked = sorted(((piece.disk_offset, piece.length, piece.offset, device) for device, pieces in overlays
-                         for piece in pieces if piece.disk == disk), key=lambda item: item[:2])
+        hooked = sorted(
+            (
+                (piece.disk_offset, piece.length, piece.offset, device)
+                for device, pieces in overlays
+                for piece in pieces
+                if piece.disk == disk
+            ),
+            key=lambda item: item[:2],
+        )
         self._parts: List[_Part] = []
         at = 0
         for start, length, offset, device in hooked:

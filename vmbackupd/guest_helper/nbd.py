@@ -167,7 +167,7 @@ class _Session:
 
     def _go(self, option: int, data: bytes) -> bool:
         length = struct.unpack_from(">I", data)[0] if len(data) >= 6 else len(data)
-        name = data[4: 4 + length]
+        name = data[4 : 4 + length]
         if len(data) < 6 + length:
             self._reply(option, _ERR_INVALID)
         elif not self._choose(name) or self._blocks is None:
@@ -332,20 +332,21 @@ class _Session:
         if one:
             extents = extents[:1]
         data = struct.pack(">I", _CONTEXT_ID) + b"".join(
-            struct.pack(">II", size, 3 if zero else 0) for size, zero in extents)
+            struct.pack(">II", size, 3 if zero else 0) for size, zero in extents
+        )
         self._chunk(cookie, _EXTENTS, len(data), data, _DONE)
 
 
 def _queries(data: bytes) -> "tuple[bytes, list[bytes]]":
     """Export name and queries of a meta context option. Raises ``struct.error`` or ``ValueError``."""
     length = struct.unpack_from(">I", data)[0]
-    name, at = data[4: 4 + length], 4 + length
+    name, at = data[4 : 4 + length], 4 + length
     count = struct.unpack_from(">I", data, at)[0]
     at += 4
     queries = []
     for _ in range(count):
         size = struct.unpack_from(">I", data, at)[0]
-        queries.append(data[at + 4: at + 4 + size])
+        queries.append(data[at + 4 : at + 4 + size])
         at += 4 + size
     if at != len(data):
         raise ValueError("lengths do not add up")

@@ -96,7 +96,7 @@ class Port:
         while view:
             self._require_connection()
             try:
-                view = view[os.write(self._connection, view[:WRITE_SIZE]):]
+                view = view[os.write(self._connection, view[:WRITE_SIZE]) :]
                 continue
             except BlockingIOError:
                 pass

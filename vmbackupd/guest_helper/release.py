@@ -92,8 +92,11 @@ def _unhook(dm: Dm, hooks: List[Hook], parts: Dict[str, Dict[str, Info]]) -> Non
     memory.interruptible()
     guard = Watchdog(DEADMAN, dm, [hook.volume.number for hook in hooks], thaw=False)
     try:
-        snaps = {dm_table[0].params.split(" ")[0]: device for device, dm_table in
-                 ((device, dm.table(device.number)) for device in parts["snap"].values()) if dm_table}
+        snaps = {
+            dm_table[0].params.split(" ")[0]: device
+            for device, dm_table in ((device, dm.table(device.number)) for device in parts["snap"].values())
+            if dm_table
+        }
         for hook in hooks:
             if not hook.live:
                 dm.clear(hook.volume.number)
@@ -131,8 +134,9 @@ def _swap(dm: Dm, hook: Hook, snaps: List[int]) -> None:
 
 def _require_complete(hook: Hook, rows: List[Target]) -> None:
     if not rows:
-        raise HelperError("NoTable", "%s has lost its table: the volume %s stays on it"
-                          % (hook.real.name, hook.volume.name))
+        raise HelperError(
+            "NoTable", "%s has lost its table: the volume %s stays on it" % (hook.real.name, hook.volume.name)
+        )
 
 
 def _verify(dm: Dm, hook: Hook) -> None:
@@ -140,4 +144,3 @@ def _verify(dm: Dm, hook: Hook) -> None:
     expected = dm.table(hook.real.number)
     if dm.table(number) != expected or info.suspended or info.inactive:
         raise HelperError("NotRestored", "the volume %s does not have its own table back" % info.name)
-

@@ -76,8 +76,9 @@ class Serving:
                 pass
         self._children = []
 
-    def _serve(self, ready: int, name: str, wanted: Dict[str, str], dm: Optional[Dm],
-               snapshot: Optional[Snapshot]) -> None:
+    def _serve(
+        self, ready: int, name: str, wanted: Dict[str, str], dm: Optional[Dm], snapshot: Optional[Snapshot]
+    ) -> None:
         memory.set_name(b"vmbk-nbd")
         memory.die_with_parent()
         memory.set_oom_score(0)
@@ -107,7 +108,7 @@ def _exports(wanted: Dict[str, str], dm: Optional[Dm], snapshot: Optional[Snapsh
     exports = {}
     for name, device in wanted.items():
         if device.startswith(FILE):
-            exports[name] = Blocks(Image(Device(device[len(FILE):])))
+            exports[name] = Blocks(Image(Device(device[len(FILE) :])))
         else:
             exports[name] = Blocks(Image(Device(node(device)), overlays, device))
     return exports

@@ -89,9 +89,17 @@ class Snapshot:
             self.volumes = []
             self._undo()
             raise
-        return [{"device": volume.info.devno, "name": volume.info.name, "size": volume.sectors * SECTOR,
-                 "store_offset": volume.store_offset, "store_length": volume.store_length,
-                 "table": devices.shown_rows(volume.rows)} for volume in wanted]
+        return [
+            {
+                "device": volume.info.devno,
+                "name": volume.info.name,
+                "size": volume.sectors * SECTOR,
+                "store_offset": volume.store_offset,
+                "store_length": volume.store_length,
+                "table": devices.shown_rows(volume.rows),
+            }
+            for volume in wanted
+        ]
 
     def _undo(self) -> None:
         """After a failure; what cannot be undone now is found by the host's own release."""
@@ -179,14 +187,19 @@ class Snapshot:
         name, uuid = "vmbk-%s-%d" % (self.job, index), "%s%d" % (release.prefix(self.job), index)
         size, dm, mode = volume.sectors, self._dm, volume.info.flags & READONLY
         real = dm.info(dm.create(name + "-real", uuid + "-real", volume.rows, mode))
-        slice_rows = [Target(0, volume.store_length // SECTOR, "linear",
-                             "%s %d" % (disk, volume.store_offset // SECTOR))]
+        slice_rows = [
+            Target(0, volume.store_length // SECTOR, "linear", "%s %d" % (disk, volume.store_offset // SECTOR))
+        ]
         cow = dm.info(dm.create(name + "-cow", uuid + "-cow", slice_rows))
         origin = [Target(0, size, "snapshot-origin", real.devno)]
         dm.load(volume.info.number, origin, mode)
         # Read-only: a write to the snapshot would look like a write to the volume after T1.
-        snap = dm.create(name + "-snap", uuid + "-snap",
-                         [Target(0, size, "snapshot", "%s %s P %d" % (real.devno, cow.devno, chunk))], READONLY)
+        snap = dm.create(
+            name + "-snap",
+            uuid + "-snap",
+            [Target(0, size, "snapshot", "%s %s P %d" % (real.devno, cow.devno, chunk))],
+            READONLY,
+        )
         return Volume(volume, real.number, snap, origin)
 
     def _require_prepared(self) -> None:
@@ -202,16 +215,25 @@ class Snapshot:
 
     def _volume_status(self, volume: Volume) -> Dict[str, Any]:
         valid, fill = _fill(self._dm, volume.snap)
-        return {"device": volume.devno, "valid": valid, "allocated": fill[0], "total": fill[1], "metadata": fill[2],
-                "table_ok": self._table_ok(volume)}
+        return {
+            "device": volume.devno,
+            "valid": valid,
+            "allocated": fill[0],
+            "total": fill[1],
+            "metadata": fill[2],
+            "table_ok": self._table_ok(volume),
+        }
 
     def _table_ok(self, volume: Volume) -> bool:
         """Whether nobody has changed what ``prepare`` and ``snap`` set up."""
         live, waiting = (volume.origin, []) if self.taken else (volume.wanted.rows, volume.origin)
         try:
-            return (self._dm.table(volume.number) == live and self._dm.table(volume.number, inactive=True) == waiting
-                    and not self._dm.info(volume.number).suspended
-                    and self._dm.table(volume.real) == volume.wanted.rows)
+            return (
+                self._dm.table(volume.number) == live
+                and self._dm.table(volume.number, inactive=True) == waiting
+                and not self._dm.info(volume.number).suspended
+                and self._dm.table(volume.real) == volume.wanted.rows
+            )
         except OSError:
             return False  # removed
 

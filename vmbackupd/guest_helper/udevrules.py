@@ -41,7 +41,14 @@ def run(command: "list[str]") -> None:
     """Run a program of the guest's, for its effect if it is there; its failure shows in what comes after."""
     environment = dict(os.environ, PATH="/usr/sbin:/usr/bin:/sbin:/bin")
     try:
-        subprocess.run(command, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                       stderr=subprocess.DEVNULL, timeout=30, env=environment)
+        subprocess.run(
+            command,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=30,
+            env=environment,
+        )
     except (OSError, subprocess.TimeoutExpired):
         pass

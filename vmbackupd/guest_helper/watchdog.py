@@ -28,8 +28,14 @@ _LONGEST_ROUNDS = 4096  # of resuming after it has fired: buffers are made befor
 class Watchdog:
     """The parent's side."""
 
-    def __init__(self, seconds: float, dm: Optional[Dm], volumes: Iterable[int], thaw: bool,
-                 close: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        seconds: float,
+        dm: Optional[Dm],
+        volumes: Iterable[int],
+        thaw: bool,
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
         """Fork. ``volumes`` are the dm devices to resume, ``thaw`` whether filesystems are thawed as well; ``close``
         runs in the child and lets go of what only one process may have open."""
         descriptors = open_filesystems() if thaw else []
@@ -98,8 +104,9 @@ class Watchdog:
 class _Child:
     """The forked side; never returns to its caller."""
 
-    def __init__(self, line: socket.socket, parent: int, dm: Optional[Dm], volumes: List[int],
-                 filesystems: List[int]) -> None:
+    def __init__(
+        self, line: socket.socket, parent: int, dm: Optional[Dm], volumes: List[int], filesystems: List[int]
+    ) -> None:
         self._line, self._parent, self._filesystems = line, parent, filesystems
         self._dm = dm.fd if dm is not None else -1
         self._status, self._suspend = code(STATUS), code(SUSPEND)

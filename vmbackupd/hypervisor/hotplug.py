@@ -118,7 +118,8 @@ def disk_xml(path: str, serial: str, target: str, bus: str) -> str:
     host's disk. What is on this disk is worth nothing after a crash of the host, since the backup has failed then.
     """
     element = ET.Element("disk", type="file", device="disk")
-    ET.SubElement(element, "driver", name="qemu", type="qcow2", cache="unsafe", discard="unmap")
+    # A host that is out of space must cost the backup, not stop the guest, which is what QEMU does by default.
+    ET.SubElement(element, "driver", name="qemu", type="qcow2", cache="unsafe", discard="unmap", error_policy="report")
     ET.SubElement(element, "source", file=path)
     ET.SubElement(element, "target", dev=target, bus=bus)
     ET.SubElement(element, "serial").text = serial

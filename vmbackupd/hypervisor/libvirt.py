@@ -215,8 +215,7 @@ class LibvirtConnection:
             end = self._now() + patience
             while True:
                 try:
-                    self._session = await self._in_thread(self._connect, CONNECT, f"connecting to {self.uri}")
-                    return self._session
+                    return await self._in_thread(self._connect, CONNECT, f"connecting to {self.uri}")
                 except libvirt.libvirtError as error:
                     if self._now() >= end:
                         raise HypervisorError(f"cannot connect to libvirt at {self.uri}: {error}") from error
@@ -248,6 +247,7 @@ class LibvirtConnection:
             conn.registerCloseCallback(self._on_close, session)
         except libvirt.libvirtError:
             pass
+        self._session = session  # here, so that it is kept also when the caller was cancelled meanwhile
         return session
 
     def _lost(self, session: _Session) -> None:

@@ -12,6 +12,7 @@ from vmbackupd.engine.copyloop import Progress
 from vmbackupd.errors import SnapshotLost
 from vmbackupd.guest.client import GuestHelper
 from vmbackupd.guest.report import GuestReport
+from vmbackupd.host.udev import UdevWatch
 from vmbackupd.hypervisor.base import DomainInfo, Hypervisor
 from vmbackupd.hypervisor.storage_daemon import StorageDaemon
 from vmbackupd.job import undo
@@ -54,6 +55,7 @@ class BackupContext:
     undo: undo.UndoContext
     # inspect
     domain: DomainInfo
+    host_events: UdevWatch
     writer: RepositoryWriter | None = None
     storage: StorageDaemon | None = None
     report: GuestReport | None = None

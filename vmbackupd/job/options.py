@@ -30,7 +30,8 @@ class BackupOptions:
 @dataclass(frozen=True, slots=True)
 class RestoreOptions:
     """Where a backup goes: ``name`` of the new domain, ``directory`` for its virtual disks, ``volumes`` from volume
-    id to target (file, block device or ``iscsi://PORTAL/IQN/LUN``). ``revert`` None does what the backup needs."""
+    id to target (file, block device, ``iscsi://PORTAL/IQN/LUN``, or ``none`` to leave it in the backup). ``revert``
+    None does what the backup needs."""
 
     name: str | None = None
     directory: str | None = None
@@ -46,9 +47,9 @@ class RestoreOptions:
         if self.directory is not None and not self.directory.startswith("/"):
             raise InvalidArgument(f"the directory of a restore must be an absolute path, not {self.directory!r}")
         for volume, target in self.volumes.items():
-            if not volume or not (target.startswith("/") or "://" in target):
+            if not volume or not (target == "none" or target.startswith("/") or "://" in target):
                 raise InvalidArgument(
-                    f"the target of volume {volume!r} must be an absolute path or a URL, not {target!r}"
+                    f"the target of volume {volume!r} must be an absolute path, a URL or none, not {target!r}"
                 )
         if self.revert is RevertMode.BOTH:
             raise InvalidArgument("a restore reverts, or uses what was reverted at backup time: not both")

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from vmbackupd.config import Config
 from vmbackupd.errors import BackupError, HypervisorError
+from vmbackupd.host.udev import UdevWatch
 from vmbackupd.hypervisor.base import DomainInfo, Hypervisor
-from vmbackupd.hypervisor.storage_daemon import StorageDaemon
+from vmbackupd.hypervisor.storage_daemon import StorageDaemon, end_leftovers
 from vmbackupd.job import listing, pipeline, recovery
 from vmbackupd.job.context import BackupContext, to_the_end
 from vmbackupd.job.faultpoints import reach
@@ -76,8 +77,8 @@ class JobRunner:
             if options.dry_run:
                 return plan.as_dict()
             plan.require_sound()
-            for volume in plan.volumes:
-                job.claim(f"target:{volume.target}")
+            for resource in plan.resources:
+                job.claim(resource)
             job.observer.expect(plan.size)
             async with self._restore_journal(job, plan) as on_effect:
                 return await execute(
@@ -114,6 +115,7 @@ class JobRunner:
         Raises ``HypervisorError`` naming what could not be undone; it stays in the journals.
         """
         job.observer.step("recover")
+        await asyncio.to_thread(end_leftovers, self.config.runtime_directory)  # they lock images that are to be mended
         recovered = await recovery.recover_all(self.hypervisor, self.journals, job.others())
         for item in recovered:
             for failed in item.failed:
@@ -205,11 +207,13 @@ class JobRunner:
         await reach("job:claimed")
         journal = Journal.create(self.journals, Header(job.id, "backup", domain.name, domain.uuid))
         undo = UndoContext(self.hypervisor, job.id, domain.name, domain.uuid)
+        watch = UdevWatch()
         ctx = BackupContext(
-            job.id, domain.name, options, self.config, self.hypervisor, job.observer, journal, undo, domain
+            job.id, domain.name, options, self.config, self.hypervisor, job.observer, journal, undo, domain, watch
         )
         try:
-            yield ctx
+            async with watch:
+                yield ctx
         finally:
             for what, close in (
                 ("guest helper", ctx.close_helper),

@@ -1,13 +1,9 @@
-"""COW stores: how large they are made, and the revert plan that is read out of them."""
+"""How large the COW stores are made."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from vmbackupd.engine.cowstore import CowStore
-from vmbackupd.engine.revert import ReadableSource, RevertPlan
-from vmbackupd.engine.sink import ChunkSource
-from vmbackupd.model import VolumeMap
 from vmbackupd.units import round_down
 
 MINIMUM = 8  # chunks: header, one metadata area, some data
@@ -36,23 +32,3 @@ def sizes(volumes: Mapping[str, int], chunk: int, *, share: float = 1.0, limit: 
     if share >= 1.0:
         return full
     return {name: max(MINIMUM * chunk, round_down(int(size * share), chunk)) for name, size in full.items()}
-
-
-def parse(volume: VolumeMap, store: ChunkSource) -> CowStore:
-    """The store of ``volume`` in the image of the scratch disk. Raises ``StoreCorrupt``."""
-    source = ReadableSource(store)
-
-    def read(offset: int, length: int) -> bytes:
-        return source.read(volume.store_offset + offset, length)
-
-    return CowStore(read, volume.store_length, volume.size)
-
-
-def revert_plan(disk: str, size: int, volumes: Sequence[VolumeMap], store: ChunkSource) -> RevertPlan:
-    """What sets the T2 image of ``disk`` back to T1. Raises ``StoreCorrupt``."""
-    plan = RevertPlan(size)
-    for volume in volumes:
-        if any(segment.disk == disk for segment in volume.segments):
-            plan.add_volume(volume, disk, parse(volume, store))
-    plan.finish()
-    return plan

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from vmbackupd.errors import (
     BackupError,
+    GuestAgentRefused,
     GuestHelperError,
     GuestHelperUnavailable,
     GuestProtocolError,
@@ -101,7 +102,12 @@ async def _drop_helper(ctx: UndoContext, error: BaseException) -> None:
     helper, ctx.helper = ctx.helper, None
     if helper is not None:
         await helper.close()
-    await remove_leftovers(partial(_agent, ctx), vm=ctx.vm, job=ctx.job)
+    try:
+        await remove_leftovers(partial(_agent, ctx), vm=ctx.vm, job=ctx.job)
+    except GuestAgentRefused as refused:
+        # Nothing was pushed into such a guest. A helper installed there that no longer answers ends by its lease, and
+        # nobody but itself can be asked to do so.
+        log.warning("VM %s: %s", ctx.vm, refused)
 
 
 async def _agent(ctx: UndoContext, command: str, arguments: object = None, timeout: float = AGENT_TIMEOUT) -> object:

@@ -130,9 +130,10 @@ class Catalog:
             raise RepositoryCorrupt(f"{name} is no name of an index")
         return IndexFile(descriptor, self._header.keys.seal, self._header.id, name, index_id)
 
-    def covered(self) -> set[bytes]:
-        """The packs whose entries can be found: those of all index files in which no damage was met."""
-        return {pack_id for file in self._set.files if not file.damaged for pack_id in file.pack_ids()}
+    def covered(self, *, damaged: bool = True) -> set[bytes]:
+        """The packs that index files tell of; without ``damaged`` only those whose entries can all be found, because no
+        damage was met in their index so far."""
+        return {pack_id for file in self._set.files if damaged or not file.damaged for pack_id in file.pack_ids()}
 
     def list_packs(self) -> dict[bytes, int]:
         """Sizes of all packs, in bytes, by id."""
@@ -149,7 +150,7 @@ class Catalog:
             present = self.list_packs()
             waiting = set(unfinished)
             self.refresh()
-            covered = self.covered()
+            covered = self.covered(damaged=False)
             wanted = {
                 pack_id: size
                 for pack_id, size in present.items()

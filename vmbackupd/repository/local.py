@@ -268,6 +268,10 @@ class LocalStorage:
 
     # ---- helpers
 
+    def __del__(self) -> None:
+        if self._root is not None:
+            os.close(self._root)
+
     def _root_descriptor(self) -> int:
         with self._lock:
             if self._root is None:
@@ -307,6 +311,12 @@ class LocalClaim:
         self._storage = storage
         self._name = name
         self._descriptor: int | None = descriptor
+
+    def __del__(self) -> None:
+        # A claim that nobody holds any more is abandoned, though its process lives on.
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
 
     def release(self) -> None:
         descriptor, self._descriptor = self._descriptor, None

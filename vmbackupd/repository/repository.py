@@ -15,7 +15,7 @@ from vmbackupd.engine.image import ImageSource
 from vmbackupd.engine.index import IndexSet
 from vmbackupd.errors import InvalidArgument, NotFound, RepositoryCorrupt, RepositoryMissing
 from vmbackupd.repository import envelope
-from vmbackupd.repository.catalog import WRITER_ID, Catalog, PackStorage, pack_name
+from vmbackupd.repository.catalog import WRITER_ID, Catalog, PackStorage, object_id, pack_name
 from vmbackupd.repository.header import NAME as HEADER_NAME
 from vmbackupd.repository.header import Header
 from vmbackupd.repository.manifest import BACKUP_ID, MAX_BYTES, BackupSummary, Manifest
@@ -207,32 +207,28 @@ class Repository:
 
     def _unfinished(self) -> Iterator[bytes]:
         """Ids of writers whose packs do not count: at work, or ended without publishing."""
-        published: set[str] | None = None
         for info in self.storage.list(f"{SESSIONS}/"):
             writer = _session_writer(info.name)
-            if writer is None:
-                continue
-            if self.storage.abandoned(info.name):
-                if published is None:
-                    published = self._published_writers()
-                if writer.hex() in published:
-                    continue  # killed after its backup was complete
-            yield writer
+            if writer is not None and not (self.storage.abandoned(info.name) and self._may_be_published(writer)):
+                yield writer
 
-    def _published_writers(self) -> set[str]:
-        writers = set()
+    def _may_be_published(self, writer: bytes) -> bool:
+        """Is there a manifest of this writer? A manifest that cannot be read might be it."""
         for info in self.storage.list(f"{MANIFESTS}/"):
             try:
-                writers.add(self.manifest(info.name.removeprefix(f"{MANIFESTS}/")).writer)
-            except NotFound:
-                continue
-        return writers
+                if self.manifest(info.name.removeprefix(f"{MANIFESTS}/")).writer == writer.hex():
+                    return True
+            except RepositoryCorrupt:
+                return True
+            except (NotFound, InvalidArgument):
+                continue  # deleted since the listing; not one of ours
+        return False
 
     def clean_up(self) -> int:
         """Remove what killed writers left: temporary files, and packs that nothing refers to. The bytes of the packs.
 
-        Leaves writers that are at work alone, on this host and on others. A damaged manifest stops it with
-        RepositoryCorrupt, since its packs might be among those.
+        Leaves writers that are at work alone, on this host and on others. While a manifest or an index is damaged,
+        packs stay: they might be among its own.
         """
         self.storage.remove_temporaries()
         freed = 0
@@ -240,16 +236,28 @@ class Repository:
             writer = _session_writer(info.name)
             if writer is None or not self.storage.abandoned(info.name):
                 continue
-            if writer.hex() not in self._published_writers():
+            if not self._may_be_published(writer):
                 self.catalog.refresh()
-                covered = self.catalog.covered()
-                prefix = pack_name(writer + bytes(4))[:-8]
-                for pack in list(self.storage.list(prefix)):
-                    pack_id = bytes.fromhex(pack.name.rpartition("/")[2])
-                    if pack_id not in covered and self.storage.delete(pack.name):
-                        freed += pack.size
+                if self.catalog.damaged:
+                    log.warning("%s: what writer %s left stays: an index is damaged", self.storage.place, writer.hex())
+                    continue
+                freed += self._remove_uncovered(writer)
+            elif any(summary.error for summary in self.backups()):
+                log.warning("%s: what writer %s left stays: a manifest is damaged", self.storage.place, writer.hex())
+                continue
             self.storage.delete(info.name)
-            log.info("%s: removed what writer %s left: %d bytes", self.storage.place, writer.hex(), freed)
+        if freed:
+            log.info("%s: removed %d bytes that killed writers left", self.storage.place, freed)
+        return freed
+
+    def _remove_uncovered(self, writer: bytes) -> int:
+        """Remove a writer's packs that no index tells of; their bytes."""
+        freed = 0
+        covered = self.catalog.covered()
+        for pack in list(self.storage.list(pack_name(writer + bytes(4))[:-8])):
+            pack_id = object_id(pack.name)
+            if pack_id is not None and pack_id not in covered and self.storage.delete(pack.name):
+                freed += pack.size
         return freed
 
     def info(self) -> dict[str, object]:

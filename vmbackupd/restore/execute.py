@@ -72,9 +72,8 @@ async def execute(plan: RestorePlan, *, repository: Repository, manifest: Manife
         observer.step("undo")
         await _to_the_end(_give_up(targets, files))
         if isinstance(error, OSError):
-            raise TargetRefused(f"VM {plan.vm}: backup {plan.backup} was not restored: {error}; what had been made"
-                                " was removed"
-                                ) from error
+            raise TargetRefused(f"VM {plan.vm}: backup {plan.backup} was not restored: {error}; what had been made was"
+                                " removed") from error
         raise
     # The domain last: a crash in between must not delete the files of a domain that stays defined.
     for target in targets:

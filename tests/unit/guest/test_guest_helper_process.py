@@ -80,9 +80,18 @@ def test_reconnects_and_keeps_its_state(start_helper: Start, control: str) -> No
     assert len(set(asyncio.run(run()))) == 1
 
 
-@pytest.mark.parametrize("stale", [
-    b'{"id":7,"method":"identify"}\n', b'{"id":7,"meth', b"VMBK1 ", b"VMBK1 " + b"f" * 32 + b"\n", b"\x00\xff" * 5000,
-    b"\n\n\n", b"VMBK1 zz\n"])
+@pytest.mark.parametrize(
+    "stale",
+    [
+        b'{"id":7,"method":"identify"}\n',
+        b'{"id":7,"meth',
+        b"VMBK1 ",
+        b"VMBK1 " + b"f" * 32 + b"\n",
+        b"\x00\xff" * 5000,
+        b"\n\n\n",
+        b"VMBK1 zz\n",
+    ],
+)
 def test_stale_bytes_before_the_hello(start_helper: Start, control: str, stale: bytes) -> None:
     start_helper()
     with connect(control) as sock:
@@ -100,9 +109,22 @@ def test_hello_in_the_middle_of_a_session(start_helper: Start, control: str) -> 
             read_until(sock, f"VMBK1 {nonce} 1\n".encode())
 
 
-@pytest.mark.parametrize("request_line", [
-    b"[]", b"{}", b"nonsense", b'{"id":1}', b'{"id":1,"method":"no such"}', b'{"id":1,"method":["ping"]}',
-    b'{"id":"x","method":"ping"}', b'{"id":1,"method":"ping","params":[1]}', b"\xff\xfe", b"[" * 100000, b"null"])
+@pytest.mark.parametrize(
+    "request_line",
+    [
+        b"[]",
+        b"{}",
+        b"nonsense",
+        b'{"id":1}',
+        b'{"id":1,"method":"no such"}',
+        b'{"id":1,"method":["ping"]}',
+        b'{"id":"x","method":"ping"}',
+        b'{"id":1,"method":"ping","params":[1]}',
+        b"\xff\xfe",
+        b"[" * 100000,
+        b"null",
+    ],
+)
 def test_malformed_requests(start_helper: Start, control: str, request_line: bytes) -> None:
     start_helper()
     with connect(control) as sock:
@@ -124,14 +146,24 @@ def test_overlong_line_ends_the_session(start_helper: Start, control: str) -> No
         read_until(sock, f"VMBK1 {NONCE} 1\n".encode())
 
 
-@pytest.mark.parametrize(("method", "params"), [
-    ("prepare", {}), ("prepare", {"job": "j1", "volumes": []}), ("release", {"job": "../x"}), ("snap", {}),
-    ("disarm", {}), ("arm", {"deadman_s": -1}), ("arm", {"deadman_s": True}), ("serve", {"port": "x", "disks": []}),
-    ("serve", {"port": "no such port", "disks": [{"name": "a", "device": "9999:9"}]}),
-    ("serve", {"port": "fd:0", "disks": [{"name": "a", "device": "/etc/passwd"}]}),
-])
-def test_refused_requests_leave_the_session(start_helper: Start, control: str, method: str, params: dict[str, object]
-                                            ) -> None:
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [
+        ("prepare", {}),
+        ("prepare", {"job": "j1", "volumes": []}),
+        ("release", {"job": "../x"}),
+        ("snap", {}),
+        ("disarm", {}),
+        ("arm", {"deadman_s": -1}),
+        ("arm", {"deadman_s": True}),
+        ("serve", {"port": "x", "disks": []}),
+        ("serve", {"port": "no such port", "disks": [{"name": "a", "device": "9999:9"}]}),
+        ("serve", {"port": "fd:0", "disks": [{"name": "a", "device": "/etc/passwd"}]}),
+    ],
+)
+def test_refused_requests_leave_the_session(
+    start_helper: Start, control: str, method: str, params: dict[str, object]
+) -> None:
     start_helper()
 
     async def run() -> None:
@@ -187,8 +219,9 @@ def test_ended_stream_ends_the_helper(zipapp: Path) -> None:
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:
-            process = subprocess.Popen([sys.executable, zipapp, "--fd", str(theirs.fileno())],
-                                       pass_fds=(theirs.fileno(),))
+            process = subprocess.Popen(
+                [sys.executable, zipapp, "--fd", str(theirs.fileno())], pass_fds=(theirs.fileno(),)
+            )
         try:
             ours.settimeout(20)
             ours.sendall(f"VMBK1 {NONCE}\n".encode())

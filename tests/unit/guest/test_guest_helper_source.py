@@ -24,8 +24,10 @@ NEW_METHODS = {"removeprefix", "removesuffix", "is_relative_to", "bit_count", "p
 def test_grammar_of_3_6(path: Path) -> None:
     tree = ast.parse(path.read_text(), feature_version=(3, 6))
     for node in ast.walk(tree):
-        assert not isinstance(node, ast.NamedExpr | ast.Match | ast.TypeAlias if sys.version_info >= (3, 12)
-                              else ast.NamedExpr | ast.Match)
+        assert not isinstance(
+            node,
+            ast.NamedExpr | ast.Match | ast.TypeAlias if sys.version_info >= (3, 12) else ast.NamedExpr | ast.Match,
+        )
         if isinstance(node, ast.Attribute):
             assert node.attr not in NEW_METHODS, f"{path.name}:{node.lineno}: {node.attr} is newer than Python 3.6"
 
@@ -62,8 +64,9 @@ def test_starts_on(python: str, tmp_path: Path) -> None:
     path.write_bytes(build_zipapp())
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([python, "-W", "error", path, *arguments], check=False, capture_output=True, text=True,
-                              timeout=60)
+        return subprocess.run(
+            [python, "-W", "error", path, *arguments], check=False, capture_output=True, text=True, timeout=60
+        )
 
     done = run("--release", "j01234567")
     assert done.returncode == 0, done.stderr

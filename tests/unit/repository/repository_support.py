@@ -114,10 +114,11 @@ class FaultyStorage:
         if self.always is not None and what.startswith(self.always[0]):
             error = self.always[1]
         if error is not None and not self.late:
-            raise error
+            raise type(error)(*error.args)
         result = call()
         if error is not None:
-            raise error
+            del result  # a claim that was made and is not known to anybody
+            raise type(error)(*error.args)
         return result
 
     @property

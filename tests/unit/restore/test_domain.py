@@ -7,8 +7,8 @@ from xml.etree.ElementTree import Element
 
 import libvirt
 import pytest
-from definitions import ACTIVE, INACTIVE
 
+from tests.unit.restore.definitions import ACTIVE, INACTIVE
 from vmbackupd.errors import RepositoryCorrupt
 from vmbackupd.model import Consistency, Method, VolumeKind, VolumeRecord
 from vmbackupd.restore.address import IscsiTarget, Target, TargetKind

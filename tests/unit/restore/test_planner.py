@@ -24,9 +24,10 @@ from vmbackupd.restore.present import presentations
 
 T1, T2, STORE = "1" * 64, "2" * 64, "3" * 64
 UUID = "6c5bbd4c-02b4-4d3c-9f52-2c8f5c9d7a10"
-LUN = VolumeRecord("iscsi:iqn.x:d/1", VolumeKind.PASS_THROUGH, Method.GUEST_SNAPSHOT, Consistency.FILESYSTEM, 1 << 20, T1,
-                   details={"iscsi": {"iqn": "iqn.x:d", "portal": "192.0.2.7:3260", "lun": 1}, "guest_name": "sdb",
-                            "wwn": "naa.6001405ABC", "serial": "s1"})
+LUN = VolumeRecord(
+    "iscsi:iqn.x:d/1", VolumeKind.PASS_THROUGH, Method.GUEST_SNAPSHOT, Consistency.FILESYSTEM, 1 << 20, T1,
+    details={"iscsi": {"iqn": "iqn.x:d", "portal": "192.0.2.7:3260", "lun": 1}, "guest_name": "sdb",
+             "wwn": "naa.6001405ABC", "serial": "s1"})
 
 
 def manifest(*volumes: VolumeRecord, store: bool = True) -> Manifest:
@@ -36,7 +37,8 @@ def manifest(*volumes: VolumeRecord, store: bool = True) -> Manifest:
 
 
 def vda(tree: str | None, t2_tree: str | None = None) -> VolumeRecord:
-    return VolumeRecord("vda", VolumeKind.VIRTUAL, Method.GUEST_SNAPSHOT, Consistency.FILESYSTEM, 1 << 20, tree, t2_tree)
+    return VolumeRecord("vda", VolumeKind.VIRTUAL, Method.GUEST_SNAPSHOT, Consistency.FILESYSTEM, 1 << 20, tree,
+                        t2_tree)
 
 
 def plan(backup: Manifest, **options: Any) -> RestorePlan:
@@ -115,7 +117,8 @@ def test_targets_are_resources_whatever_names_lead_to_them(tmp_path: Path) -> No
     (Target(TargetKind.BLOCK, "/dev/null"), (("serial", "s1"),), True),
     (Target(TargetKind.BLOCK, "/dev/null"), (), False),
 ])
-def test_the_original_lun_is_known_by_its_identity(target: Target, identity: tuple[tuple[str, str], ...], same: bool) -> None:
+def test_the_original_lun_is_known_by_its_identity(target: Target, identity: tuple[tuple[str, str], ...],
+                                                   same: bool) -> None:
     found = Found(Content.EMPTY, 1 << 20, identity=identity)
     assert is_origin(LUN, target, found) is same
     assert bool(target_users(target, found, [], manifest(LUN), running=True)) is same
@@ -134,7 +137,8 @@ def test_disks_of_running_domains_are_in_use_those_of_others_are_not(tmp_path: P
 
 @pytest.mark.parametrize(("target", "words"), [
     (Target(TargetKind.RAW, "/new/lun.raw"), "present /new/lun.raw to the guest as LUN 1 of iqn.x:d at 192.0.2.7:3260"),
-    (Target(TargetKind.ISCSI, iscsi=IscsiTarget("h", 3260, "iqn.new", 4)), "log in to iqn.new at h:3260 and find LUN 4"),
+    (Target(TargetKind.ISCSI, iscsi=IscsiTarget("h", 3260, "iqn.new", 4)),
+     "log in to iqn.new at h:3260 and find LUN 4"),
     (Target(TargetKind.ISCSI, iscsi=IscsiTarget("h", 3260, "iqn.x:d", 1)), "let it reach that LUN, now on h:3260"),
 ])
 def test_volumes_no_definition_can_attach_come_with_instructions(target: Target, words: str) -> None:
@@ -158,12 +162,13 @@ UEFI = ("<domain><os><loader/><nvram>/var/lib/libvirt/qemu/nvram/web1_VARS.qcow2
 
 def test_small_files_have_their_places() -> None:
     config = {"nvram": "n", "tpm/tpm2-00.permall": "a", "tpm/tpm2/.lock": "b", "domain.xml": "x"}
-    told = [(item.kind, item.blob, item.path)
-            for item in blobs.plan_files(config, UEFI, name="web2", uuid="U", directory="/new")]
-    assert told == [("nvram", "n", "/new/web2_VARS.qcow2"), ("tpm", "a", "/var/lib/libvirt/swtpm/U/tpm2/tpm2-00.permall"),
-                    ("tpm", "b", "/var/lib/libvirt/swtpm/U/tpm2/.lock")]
-    told = [(item.kind, item.path) for item in blobs.plan_files({"nvram": "n"}, UEFI, name="web2", uuid="U", directory=None)]
-    assert told == [("nvram", "/var/lib/libvirt/qemu/nvram/web2_VARS.qcow2")]
+    files = blobs.plan_files(config, UEFI, name="web2", uuid="U", directory="/new")
+    assert [(item.kind, item.blob, item.path) for item in files] == [
+        ("nvram", "n", "/new/web2_VARS.qcow2"),
+        ("tpm", "a", "/var/lib/libvirt/swtpm/U/tpm2/tpm2-00.permall"),
+        ("tpm", "b", "/var/lib/libvirt/swtpm/U/tpm2/.lock")]
+    files = blobs.plan_files({"nvram": "n"}, UEFI, name="web2", uuid="U", directory=None)
+    assert [item.path for item in files] == ["/var/lib/libvirt/qemu/nvram/web2_VARS.qcow2"]
 
 
 def test_a_domain_without_firmware_or_tpm_gets_none() -> None:

@@ -11,8 +11,8 @@ from dataclasses import replace
 from vmbackupd.engine.revert import RevertPlan, revert_image
 from vmbackupd.job.context import BackupContext, Captured
 from vmbackupd.job.faultpoints import reach
-from vmbackupd.job.stores import parse, revert_plan
 from vmbackupd.model import RevertMode
+from vmbackupd.restore.t1 import read_store, revert_plan
 
 
 async def run(ctx: BackupContext) -> None:
@@ -34,7 +34,7 @@ def _count_exceptions(ctx: BackupContext) -> None:
     """Parse every store, also those that no virtual disk needs: a store that is damaged is no proof of anything."""
     assert ctx.writer is not None and ctx.store_tree is not None
     store = ctx.writer.source(ctx.store_tree)
-    ctx.volume_maps = tuple(replace(volume, exceptions=parse(volume, store).count) for volume in ctx.volume_maps)
+    ctx.volume_maps = tuple(replace(volume, exceptions=read_store(volume, store).count) for volume in ctx.volume_maps)
 
 
 def _revert(ctx: BackupContext, captured: Captured) -> None:

@@ -69,11 +69,22 @@ async def _require_same_devices(ctx: BackupContext) -> None:
     domain = await ctx.hypervisor.domain(ctx.domain.uuid)
     report = await ctx.helper.probe()
     now = coverage.allow(coverage.decide(domain, report, host_luns(), own=ctx.job), ctx.options.allow_uncovered)
-    differing = coverage.difference(ctx.coverage, now)
+    differing = coverage.difference(ctx.coverage, now) or _host_change(ctx)
     if report.boot_id != ctx.report.boot_id:
         differing = "the guest was rebooted"
     if differing:
         raise TopologyChanged(f"VM {ctx.vm}: {differing} between inspect and T1; run the backup again")
+
+
+def _host_change(ctx: BackupContext) -> str | None:
+    """A LUN of the guest that the host sees too, and that went away or came back there. A mere change is not among
+    them: udev reports one whenever somebody has had the device open for writing."""
+    assert ctx.coverage is not None
+    ours = {plan.details["host_device"]: plan.id for plan in ctx.coverage.plans if plan.details.get("host_device")}
+    for event in ctx.host_events.seen:
+        if event.devnode in ours and event.action in ("add", "remove", "offline"):
+            return f"{event.devnode}, the host's device of {ours[event.devnode]}, had the event {event.action!r}"
+    return None
 
 
 async def _frozen_section(ctx: BackupContext, paths: dict[str, str]) -> None:

@@ -1,0 +1,415 @@
+"""The guest helper in real guests: one instant over many volumes, the dead-man, and nothing left behind.
+
+The oracle for a pass-through disk at T1 is its file on the host, copied while the guest is frozen: the snapshot that
+the helper serves later must be that file byte for byte.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import filecmp
+import os
+import secrets
+import shutil
+import subprocess
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from tests.lab.guest import Guest
+from tests.lab.lab import Lab
+from tests.lab.services import LabError, until
+from tests.lab.workload import Workload
+from tests.unit.guest.support import Relay
+from vmbackupd.errors import GuestAgentRefused, GuestHelperError, GuestHelperUnavailable
+from vmbackupd.guest import client as client_module
+from vmbackupd.guest import topology
+from vmbackupd.guest.client import GuestHelper, open_data_channel, remove_leftovers
+from vmbackupd.guest.deploy import build_zipapp
+from vmbackupd.guest.report import GuestDevice, GuestReport
+from vmbackupd.hypervisor.libvirt import LibvirtHypervisor
+from vmbackupd.hypervisor.storage_daemon import create_qcow2
+from vmbackupd.units import GiB, MiB
+
+pytestmark = pytest.mark.lab
+
+T = TypeVar("T")
+PACKAGING = Path(__file__).parents[2] / "packaging/guest"
+STORE = 64 * MiB
+
+
+class Rig:
+    """One job's channels and scratch disk in a guest, through the hypervisor layer as a backup does it."""
+
+    def __init__(self, hypervisor: LibvirtHypervisor, guest: Guest, directory: Path) -> None:
+        self.hypervisor, self.guest, self.directory = hypervisor, guest, directory
+        self.job = f"j{secrets.token_hex(4)}"
+        self.control = f"org.vmbackupd.{self.job}.c"
+        self.data = f"org.vmbackupd.{self.job}.d0"
+        self.scratch = directory / f"{self.job}.scratch.qcow2"
+        self.socket = ""
+
+    async def agent(self, command: str, arguments: Mapping[str, object] | None = None, timeout: float = 30.0) -> object:
+        return await self.hypervisor.agent(self.guest.uuid, command, arguments, timeout=timeout)
+
+    async def start(self, lease: float = 300.0) -> GuestHelper:
+        self.socket = await self.hypervisor.attach_channel(self.guest.uuid, self.control)
+        return await GuestHelper.start(
+            self.agent, self.socket, vm="lab", job=self.job, channel=self.control, lease=lease
+        )
+
+    async def plug_scratch(self) -> None:
+        await create_qcow2(str(self.scratch), GiB)
+        await self.hypervisor.attach_scratch(self.guest.uuid, str(self.scratch), f"vmbk-{self.job}")
+
+    async def prepare(self, helper: GuestHelper, volumes: list[GuestDevice], store: int = STORE) -> None:
+        prepared = await helper.prepare(
+            scratch_serial=f"vmbk-{self.job}", volumes={volume.devno: store for volume in volumes}
+        )
+        assert [volume.device for volume in prepared] == [volume.devno for volume in volumes]
+        assert all(
+            made.table == volume.dm.table
+            for made, volume in zip(prepared, volumes, strict=True)
+            if volume.dm is not None
+        )
+
+    async def unplug(self) -> None:
+        if self.scratch.exists():
+            await self.hypervisor.detach_scratch(self.guest.uuid, str(self.scratch))
+        for name in (self.data, self.control):
+            await self.hypervisor.detach_channel(self.guest.uuid, name)
+
+
+def dm_state(guest: Guest) -> str:
+    """Every device-mapper device with its table and whether it is suspended, but not how often it was opened."""
+    return guest.exec(
+        "dmsetup table; dmsetup info -c --noheadings -o name,uuid,suspended,tables_loaded,readonly"
+    ).decode()
+
+
+def helper_traces(guest: Guest, job: str) -> str:
+    """What a helper might leave in a guest."""
+    return guest.exec(
+        f"ls -d /run/vmbackupd* /run/udev/rules.d/*vmbackupd* 2>/dev/null; "
+        f"pgrep -af '[o]rg.vmbackupd.{job}'; dmsetup ls | grep vmbk; true"
+    ).decode()
+
+
+def io_errors(guest: Guest) -> str:
+    return guest.exec("dmesg | grep -iE 'i/o error|ext4-fs error|critical|hung task' || true").decode()
+
+
+def run_in_lab(lab: Lab, guest: Guest, tmp_path: Path, work: Callable[[Rig], Awaitable[T]], timeout: float = 300) -> T:
+    """``work`` with a rig; afterwards nothing may be left in the guest."""
+    before = dm_state(guest)
+
+    async def main() -> T:
+        hypervisor = LibvirtHypervisor(lab.libvirt_uri)
+        await hypervisor.open()
+        rig = Rig(hypervisor, guest, tmp_path)
+        try:
+            result = await asyncio.wait_for(work(rig), timeout)
+            until(lambda: not helper_traces(guest, rig.job), 20, "the helper is gone", 0.2)
+            assert helper_traces(guest, rig.job) == ""
+            return result
+        except BaseException:
+            print(
+                helper_traces(guest, rig.job),
+                dm_state(guest),
+                guest.exec("journalctl -n 40 --no-pager || true").decode(),
+            )
+            with contextlib.suppress(Exception):
+                await rig.agent("guest-fsfreeze-thaw")
+            with contextlib.suppress(Exception):
+                await remove_leftovers(rig.agent, vm="lab", job=rig.job)
+            raise
+        finally:
+            await rig.unplug()
+            await hypervisor.close()
+
+    result = asyncio.run(main())
+    assert dm_state(guest) == before
+    assert io_errors(guest) == ""
+    return result
+
+
+@contextlib.asynccontextmanager
+async def frozen(rig: Rig) -> AsyncIterator[None]:
+    assert await rig.agent("guest-fsfreeze-freeze")
+    try:
+        yield
+    finally:
+        await rig.agent("guest-fsfreeze-thaw")
+    assert await rig.agent("guest-fsfreeze-status") == "thawed"
+
+
+def disks_of(report: GuestReport, volumes: list[GuestDevice]) -> set[str]:
+    return {place.disk for volume in volumes for place in topology.flatten(report, volume.devno)}
+
+
+@pytest.mark.parametrize("kind", ["plain", "lvm"])
+def test_one_instant(lab: Lab, request: pytest.FixtureRequest, tmp_path: Path, kind: str) -> None:
+    """Snapshot of every volume under the agent's freeze while a writer goes on; the LUNs are served as they were."""
+    guest: Guest = request.getfixturevalue(f"{kind}_guest")
+    workload = Workload(guest)
+    workload.start()
+
+    async def work(rig: Rig) -> None:
+        helper = await rig.start()
+        report = await helper.probe()
+        volumes = list(topology.top_volumes(report))
+        names = {volume.dm.name for volume in volumes if volume.dm is not None}
+        assert names == {"vgdata-data", "vgiscsi-iscsi", "vglun-lun", "vgspan-span"} | (
+            {"vgroot-root"} if kind == "lvm" else set()
+        )
+        await rig.plug_scratch()
+        await rig.prepare(helper, volumes)
+        assert "vmbk" not in "".join(
+            user.what for device in (await helper.probe()).devices for user in topology.live_users(report, device.devno)
+        )
+        luns = {lun.path: number for lun, number in _luns(guest, report)}
+        assert set(luns.values()) <= disks_of(report, volumes) and luns
+        await helper.arm(60)
+        async with frozen(rig):
+            snap = await helper.snap()
+            for number, path in enumerate(luns):
+                shutil.copyfile(path, tmp_path / f"t1-{number}")
+            done = workload.round()
+        assert await helper.disarm() is False
+        print(f"{kind}: suspend {snap.suspend_ms:.1f} ms, resume {snap.resume_ms:.1f} ms")
+        assert abs(snap.t1 - time.time()) < 120 and snap.suspend_ms + snap.resume_ms < 5000
+        await asyncio.to_thread(workload.wait, done + 20)
+        await _compare(rig, helper, luns, tmp_path)
+        status = await helper.status()
+        assert len(status.volumes) == len(volumes) and status.boot_id == report.boot_id == helper.boot_id
+        for volume in status.volumes:
+            assert (
+                volume.valid and volume.table_ok and volume.metadata < volume.allocated < volume.total == STORE // 512
+            )
+        removed = await helper.release()
+        assert sorted(removed) == sorted(
+            f"vmbk-{rig.job}-{number}-{part}" for number in range(len(volumes)) for part in ("real", "cow", "snap")
+        )
+        assert await helper.release() == []
+        await asyncio.to_thread(workload.wait, workload.round() + 5)
+        await helper.quit()
+        await helper.close()
+
+    try:
+        run_in_lab(lab, guest, tmp_path, work)
+    finally:
+        workload.stop()
+    workload.check()
+
+
+def _luns(guest: Guest, report: GuestReport) -> list[tuple[object, str]]:
+    """The guest's LUNs with their device numbers."""
+    found = []
+    for device in report.devices:
+        for lun in guest.luns.values():
+            if device.type == "disk" and device.serial == lun.serial:
+                found.append((lun, device.devno))
+    return found
+
+
+async def _compare(rig: Rig, helper: GuestHelper, luns: Mapping[Path, str], directory: Path) -> None:
+    """Each LUN over NBD is the file as it was; the file itself has gone on."""
+    path = await rig.hypervisor.attach_channel(rig.guest.uuid, rig.data)
+    await helper.serve(rig.data, {f"lun{number}": devno for number, devno in enumerate(luns.values())})
+    loop = asyncio.get_running_loop()
+    changed = []
+
+    def connect() -> object:
+        return asyncio.run_coroutine_threadsafe(open_data_channel(path, timeout=30), loop).result()
+
+    for number, source in enumerate(luns):
+        copy = directory / f"copy-{number}"
+        with Relay(directory / f"nbd{number}", connect) as relay:  # type: ignore[arg-type]
+            began = time.monotonic()
+            command = ["nbdcopy", relay.uri % f"lun{number}", str(copy)]
+            done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stderr
+            print(f"{source.name}: {os.stat(copy).st_size >> 20} MiB in {time.monotonic() - began:.1f} s")
+        assert filecmp.cmp(copy, directory / f"t1-{number}", shallow=False), f"{source} is not as it was at T1"
+        changed.append(not filecmp.cmp(copy, source, shallow=False))
+    assert any(changed), "nothing was written meanwhile: this proves nothing"
+
+
+@pytest.mark.parametrize("kind", ["plain", "lvm"])
+def test_dead_man(lab: Lab, request: pytest.FixtureRequest, tmp_path: Path, kind: str) -> None:
+    """The helper is stopped in the freeze with a volume suspended, the root volume where it is one: the guest
+    resumes and thaws by itself."""
+    guest: Guest = request.getfixturevalue(f"{kind}_guest")
+    volume = "vgroot-root" if kind == "lvm" else "vgdata-data"
+    path = "/" if kind == "lvm" else "/mnt/data/"
+
+    async def work(rig: Rig) -> None:
+        helper = await rig.start()
+        report = await helper.probe()
+        volumes = [item for item in topology.top_volumes(report) if item.dm is not None and item.dm.name == volume]
+        await rig.plug_scratch()
+        await rig.prepare(helper, volumes)
+        pid = int(guest.exec(f"pgrep -of '[-]-port {rig.control}'"))
+        guest.exec(f"cat $(which dmsetup) $(which touch) > /dev/null; touch {path}before")
+        await helper.arm(4)
+        await rig.agent("guest-fsfreeze-freeze")
+        guest.exec(f"kill -STOP {pid}; setsid dmsetup suspend --nolockfs --noflush {volume} > /dev/null 2>&1 &")
+        began = time.monotonic()
+        await asyncio.to_thread(guest.exec, f"touch {path}after && sync {path}after")
+        assert time.monotonic() - began > 0.5, "the guest was not frozen"
+        with contextlib.suppress(LabError):
+            guest.exec(f"kill -CONT {pid}")
+        assert await rig.agent("guest-fsfreeze-status") == "frozen"  # the agent has not noticed
+        await rig.agent("guest-fsfreeze-thaw")
+        with pytest.raises(GuestHelperError):
+            await helper.snap()
+        assert await helper.disarm() is True
+        guest.exec(f"rm {path}before {path}after")
+        await helper.release()
+        await helper.quit()
+        await helper.close()
+
+    run_in_lab(lab, guest, tmp_path, work)
+
+
+@pytest.mark.parametrize("state", ["prepared", "suspended", "snapped", "stopped"])
+def test_killed_helper(lab: Lab, lvm_guest: Guest, tmp_path: Path, state: str) -> None:
+    """Whatever a helper was doing when it was killed or stopped, another one takes everything down."""
+
+    async def work(rig: Rig) -> None:
+        helper = await rig.start()
+        volumes = list(topology.top_volumes(await helper.probe()))
+        await rig.plug_scratch()
+        await rig.prepare(helper, volumes)
+        if state in ("snapped", "stopped"):
+            await helper.arm(60)
+            async with frozen(rig):
+                await helper.snap()
+            await helper.disarm()
+        pid = int(lvm_guest.exec(f"pgrep -of '[-]-port {rig.control}'"))
+        if state == "suspended":
+            lvm_guest.exec(f"kill -STOP {pid}; dmsetup suspend --nolockfs vgdata-data")
+        elif state == "stopped":
+            lvm_guest.exec(f"kill -STOP {pid}")
+        else:
+            lvm_guest.exec(f"kill -KILL {pid}")
+        with pytest.raises(GuestHelperUnavailable):
+            await GuestHelper.reconnect(rig.socket, vm="lab", job=rig.job)
+        await helper.close()
+        await remove_leftovers(rig.agent, vm="lab", job=rig.job)
+        await remove_leftovers(rig.agent, vm="lab", job=rig.job)
+
+    run_in_lab(lab, lvm_guest, tmp_path, work)
+
+
+def test_killed_helper_is_cleaned_up_by_the_guest(lab: Lab, plain_guest: Guest, tmp_path: Path) -> None:
+    """The service manager runs the helper once more: no host is needed."""
+
+    async def work(rig: Rig) -> None:
+        helper = await rig.start()
+        await rig.plug_scratch()
+        await rig.prepare(helper, list(topology.top_volumes(await helper.probe())))
+        plain_guest.exec(f"pkill -KILL -f '[-]-port {rig.control}'")
+        await helper.close()
+        until(lambda: not helper_traces(plain_guest, rig.job), 30, "the guest has cleaned up", 0.2)
+
+    run_in_lab(lab, plain_guest, tmp_path, work)
+
+
+def test_silent_host(lab: Lab, plain_guest: Guest, tmp_path: Path) -> None:
+    """The lease ends: the helper takes everything down and goes."""
+
+    async def work(rig: Rig) -> None:
+        helper = await rig.start(lease=4)
+        await rig.plug_scratch()
+        await rig.prepare(helper, list(topology.top_volumes(await helper.probe())))
+        await helper.close()
+        until(lambda: not helper_traces(plain_guest, rig.job), 30, "the guest has cleaned up", 0.2)
+
+    run_in_lab(lab, plain_guest, tmp_path, work)
+
+
+def test_full_store_and_changed_table(lab: Lab, plain_guest: Guest, tmp_path: Path) -> None:
+    """A store that overflows, and a table that LVM reloads, void the snapshot and nothing else."""
+
+    async def work(rig: Rig) -> None:
+        helper = await rig.start()
+        report = await helper.probe()
+        by_name = {item.dm.name: item for item in topology.top_volumes(report) if item.dm is not None}
+        volumes = [by_name["vgdata-data"], by_name["vgspan-span"]]
+        await rig.plug_scratch()
+        with pytest.raises(GuestHelperError, match="scratch disk"):
+            await rig.prepare(helper, volumes, 2 * GiB)
+        assert "vmbk" not in dm_state(plain_guest)
+        await rig.prepare(helper, volumes, MiB)
+        await helper.arm(60)
+        async with frozen(rig):
+            await helper.snap()
+        await helper.disarm()
+        plain_guest.exec("dd if=/dev/urandom of=/mnt/data/big bs=1M count=16 conv=fsync && rm /mnt/data/big")
+        plain_guest.exec(
+            "dmsetup suspend --nolockfs vgspan-span && dmsetup load vgspan-span --table "
+            f'"$(dmsetup table vmbk-{rig.job}-1-real)" && dmsetup resume vgspan-span'
+        )
+        data, span = (await helper.status()).volumes
+        assert {data.device: (data.valid, data.table_ok), span.device: (span.valid, span.table_ok)} == {
+            volumes[0].devno: (False, True),
+            volumes[1].devno: (True, False),
+        }
+        assert len(await helper.release()) == 6
+        await helper.quit()
+        await helper.close()
+
+    run_in_lab(lab, plain_guest, tmp_path, work)
+
+
+def test_installed_helper(lab: Lab, plain_guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest whose agent runs nothing: refused with the package's name, and served once that is installed."""
+    monkeypatch.setattr(client_module, "INSTALLED_TIMEOUT", 3.0)
+
+    async def refused(rig: Rig) -> None:
+        with pytest.raises(GuestAgentRefused, match="vmbackupd-guest"):
+            await rig.start()
+        with pytest.raises(GuestAgentRefused):
+            await remove_leftovers(rig.agent, vm="lab", job=rig.job)
+
+    async def served(rig: Rig) -> None:
+        helper = await rig.start()
+        await rig.plug_scratch()
+        await rig.prepare(helper, list(topology.top_volumes(await helper.probe())))
+        await helper.release()
+        await helper.quit()
+        await helper.close()
+
+    with plain_guest.agent_restricted():
+        run_in_lab(lab, plain_guest, tmp_path, refused)
+        plain_guest.exec("mkdir -p /usr/lib/vmbackupd-guest")
+        plain_guest.write_file("/usr/lib/vmbackupd-guest/helper.pyz", build_zipapp())
+        files = {
+            "vmbackupd-guest@.service": "/etc/systemd/system/vmbackupd-guest@.service",
+            "90-vmbackupd-guest.rules": "/etc/udev/rules.d/90-vmbackupd-guest.rules",
+        }
+        for name, path in files.items():
+            plain_guest.write_file(path, (PACKAGING / name).read_bytes())
+        try:
+            plain_guest.exec("systemctl daemon-reload && udevadm control --reload")
+            monkeypatch.setattr(client_module, "INSTALLED_TIMEOUT", 60.0)
+            run_in_lab(lab, plain_guest, tmp_path, served)
+        finally:
+            plain_guest.exec(
+                f"rm -rf /usr/lib/vmbackupd-guest {' '.join(files.values())}; systemctl daemon-reload; "
+                "udevadm control --reload"
+            )
+
+
+def test_guest_without_python(lab: Lab, plain_guest: Guest, tmp_path: Path) -> None:
+    async def work(rig: Rig) -> None:
+        with pytest.raises(GuestHelperUnavailable, match="python3"):
+            await rig.start()
+
+    with plain_guest.without_python():
+        run_in_lab(lab, plain_guest, tmp_path, work)

@@ -1,0 +1,138 @@
+"""Writers killed with SIGKILL at random instants: what was published is whole, what was not is gone without a trace."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.unit.repository.repository_support import CHUNK, make, objects, reopen, sparse_image, store
+from vmbackupd.repository.catalog import INDEXES, PACKS, index_name
+from vmbackupd.repository.repository import MANIFESTS, SESSIONS
+
+KILLS = 20
+SIZE = 300 * CHUNK
+
+WRITER = """
+import random, sys
+from pathlib import Path
+from tests.unit.repository.repository_support import *
+path, seed = Path(sys.argv[1]), sys.argv[2]
+repository = reopen(path)
+print("ready", flush=True)
+for number in range(1000):
+    name = f"backup-{seed}-{number}"
+    store(repository, name, sparse_image(random.Random(name), %d))
+    print(name, flush=True)
+"""
+
+
+def expected(name: str) -> bytes:
+    return sparse_image(random.Random(name), SIZE)
+
+
+def run_and_kill(path: Path, seeds: list[str], delay: float) -> set[str]:
+    """Start a writer for each seed, kill them all after ``delay`` seconds of work; what they told was published."""
+    children = [
+        subprocess.Popen([sys.executable, "-c", WRITER % SIZE, str(path), seed], stdout=subprocess.PIPE, text=True)
+        for seed in seeds
+    ]
+    told: set[str] = set()
+    try:
+        for child in children:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+        time.sleep(delay)  # not to wait for anything: the instant of the kill is the input of this test
+    finally:
+        for child in children:
+            child.kill()
+        for child in children:
+            output, _ = child.communicate()
+            assert child.returncode == -signal.SIGKILL
+            told |= set(output.split())
+    return told
+
+
+def test_killed_writers(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    make(tmp_path)
+    checked: set[str] = set()
+    for kill in range(KILLS):
+        seeds = [f"{kill}a", f"{kill}b"][: rng.choice([1, 2])]
+        told = run_and_kill(tmp_path, seeds, rng.random() * 0.15)
+        repository = reopen(tmp_path)
+        listed = {summary.id: summary.error for summary in repository.backups()}
+        assert set(listed.values()) <= {None}
+        assert told | checked <= set(listed)
+        assert len(listed) <= len(checked | told) + len(seeds)
+        repository.clean_up()
+        for name in set(listed) - checked:
+            tree = repository.manifest(name).volumes[0].tree
+            assert tree is not None
+            assert repository.image(tree).read(0, SIZE) == expected(name)
+        checked = set(listed)
+        left = objects(tmp_path)
+        assert not [name for name in left if name.startswith(SESSIONS) or ".tmp-" in name]
+        # no pack without an index; an index whose manifest was not published may stay, with its packs
+        packs = {name.rpartition("/")[2] for name in left if name.startswith(PACKS)}
+        assert packs == {pack_id.hex() for pack_id in repository.catalog.covered()}
+    assert len(checked) > KILLS // 2
+    for index in (tmp_path / INDEXES).iterdir():
+        index.unlink()
+    repository = reopen(tmp_path)
+    for name in checked:
+        tree = repository.manifest(name).volumes[0].tree
+        assert repository.image(tree or "").read(0, SIZE) == expected(name)
+
+
+def test_living_writers_are_left_alone(tmp_path: Path) -> None:
+    make(tmp_path)
+    repository = reopen(tmp_path)
+    with repository.writer() as writer:
+        sink = writer.image(200 * CHUNK)
+        sink.write(0, random.Random(1).randbytes(200 * CHUNK))
+        sink.finish()
+        before = objects(tmp_path)
+        assert [name for name in before if name.startswith(PACKS)]
+        assert reopen(tmp_path).clean_up() == 0
+        assert objects(tmp_path) == before
+    assert objects(tmp_path) == {}
+
+
+def test_killed_after_the_index(tmp_path: Path) -> None:
+    """Its packs may be in use by others: they stay. A damaged index or manifest stops any removal."""
+    repository = make(tmp_path)
+    rng = random.Random(2)
+    image = rng.randbytes(100 * CHUNK)
+    store(repository, "one", image)
+    kept = objects(tmp_path)
+    with repository.writer() as writer:
+        sink = writer.image(len(image) + CHUNK)
+        sink.write(CHUNK, image)
+        sink.write(0, rng.randbytes(CHUNK))
+        sink.finish()
+        session = tmp_path / SESSIONS / writer.id.hex()
+        packs_and_index = writer._store.finish()
+        for index_id, parts in packs_and_index:
+            writer._storage.put_if_absent(index_name(index_id), parts)
+        writer._indexes = [index_name(index_id) for index_id, _ in packs_and_index]
+    left = objects(tmp_path)
+    assert set(left) - set(kept) == {name for name in left if writer.id.hex() in name}
+    assert len(left) == len(kept) + 2
+    session.write_bytes(b"{}")  # as if it had been killed
+    victim = tmp_path / writer._indexes[0]
+    for path in (victim, tmp_path / MANIFESTS / "one"):
+        good = path.read_bytes()
+        path.write_bytes(good[:-1])
+        assert reopen(tmp_path).clean_up() == 0
+        assert session.exists()
+        path.write_bytes(good)
+    assert reopen(tmp_path).clean_up() == 0
+    assert objects(tmp_path) == left
+    victim.unlink()
+    session.write_bytes(b"{}")
+    assert reopen(tmp_path).clean_up() > 0
+    assert objects(tmp_path) == kept
