@@ -6,7 +6,8 @@ Every ``vmbackupd/engine/*.pyx`` is one extension module. Environment:
     a build for debuggers: little optimisation, symbols, assertions, C line numbers in tracebacks.
 ``VMBACKUPD_SANITIZE=1``
     the same under AddressSanitizer and UndefinedBehaviorSanitizer; run with
-    ``LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1``.
+    ``LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"`` and
+    ``ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1``.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class State:
         files |= {path.name for path in (service.state / "journal").glob("*")}
         return cls(
             guest.exec("dmsetup table; dmsetup info -c --noheadings -o name,suspended").decode(),
-            guest.exec("ls /sys/block /dev/virtio-ports /run/udev/rules.d 2>/dev/null").decode(),
+            guest.exec("ls /sys/block /dev/virtio-ports /run/udev/rules.d 2>&1 || true").decode(),
             "\n".join(line for line in guest.domain_xml.splitlines() if "<source" in line or "org.vmbackupd" in line),
             frozenset(files),
             guest.exec("ps -eo args= | grep -v 'ps -eo' | grep -e vmbackupd- -e 'vmbackupd\\.pyz' || true").decode(),

@@ -52,15 +52,17 @@ class Rig:
         self.data = f"org.vmbackupd.{self.job}.d0"
         self.scratch = directory / f"{self.job}.scratch.qcow2"
         self.socket = ""
+        self.helper: GuestHelper | None = None
 
     async def agent(self, command: str, arguments: Mapping[str, object] | None = None, timeout: float = 30.0) -> object:
         return await self.hypervisor.agent(self.guest.uuid, command, arguments, timeout=timeout)
 
     async def start(self, lease: float = 300.0) -> GuestHelper:
         self.socket = await self.hypervisor.attach_channel(self.guest.uuid, self.control)
-        return await GuestHelper.start(
+        self.helper = await GuestHelper.start(
             self.agent, self.socket, vm="lab", job=self.job, channel=self.control, lease=lease
         )
+        return self.helper
 
     async def plug_scratch(self) -> None:
         await create_qcow2(str(self.scratch), GiB)
@@ -78,6 +80,8 @@ class Rig:
         )
 
     async def unplug(self) -> None:
+        if self.helper is not None:
+            await self.helper.close()
         if self.scratch.exists():
             await self.hypervisor.detach_scratch(self.guest.uuid, str(self.scratch))
         for name in (self.data, self.control):
@@ -91,12 +95,20 @@ def dm_state(guest: Guest) -> str:
     ).decode()
 
 
+def processes(guest: Guest, job: str) -> list[int]:
+    """The helper's processes for a job, the first one first."""
+    script = (
+        "for entry in /proc/[0-9]*; do "
+        "tr '\\0' ' ' < $entry/cmdline 2>/dev/null | grep -qF -- '--port org.vmbackupd.'$0 && echo ${entry#/proc/}; "
+        "done; true"
+    )
+    return sorted(int(word) for word in guest.exec(["/bin/sh", "-c", script, f"{job}.c"]).split())
+
+
 def helper_traces(guest: Guest, job: str) -> str:
     """What a helper might leave in a guest."""
-    return guest.exec(
-        f"ls -d /run/vmbackupd* /run/udev/rules.d/*vmbackupd* 2>/dev/null; "
-        f"pgrep -af '[o]rg.vmbackupd.{job}'; dmsetup ls | grep vmbk; true"
-    ).decode()
+    left = guest.exec("ls -d /run/vmbackupd* /run/udev/rules.d/*vmbackupd* 2>/dev/null; dmsetup ls | grep vmbk; true")
+    return left.decode() + " ".join(str(pid) for pid in processes(guest, job))
 
 
 def io_errors(guest: Guest) -> str:
@@ -253,7 +265,7 @@ def test_dead_man(lab: Lab, request: pytest.FixtureRequest, tmp_path: Path, kind
         volumes = [item for item in topology.top_volumes(report) if item.dm is not None and item.dm.name == volume]
         await rig.plug_scratch()
         await rig.prepare(helper, volumes)
-        pid = int(guest.exec(f"pgrep -of '[-]-port {rig.control}'"))
+        pid = processes(guest, rig.job)[0]
         guest.exec(f"cat $(which dmsetup) $(which touch) > /dev/null; touch {path}before")
         await helper.arm(4)
         await rig.agent("guest-fsfreeze-freeze")
@@ -290,7 +302,7 @@ def test_killed_helper(lab: Lab, lvm_guest: Guest, tmp_path: Path, state: str) -
             async with frozen(rig):
                 await helper.snap()
             await helper.disarm()
-        pid = int(lvm_guest.exec(f"pgrep -of '[-]-port {rig.control}'"))
+        pid = processes(lvm_guest, rig.job)[0]
         if state == "suspended":
             lvm_guest.exec(f"kill -STOP {pid}; dmsetup suspend --nolockfs vgdata-data")
         elif state == "stopped":
@@ -313,7 +325,7 @@ def test_killed_helper_is_cleaned_up_by_the_guest(lab: Lab, plain_guest: Guest, 
         helper = await rig.start()
         await rig.plug_scratch()
         await rig.prepare(helper, list(topology.top_volumes(await helper.probe())))
-        plain_guest.exec(f"pkill -KILL -f '[-]-port {rig.control}'")
+        plain_guest.exec(f"kill -KILL {processes(plain_guest, rig.job)[0]}")
         await helper.close()
         until(lambda: not helper_traces(plain_guest, rig.job), 30, "the guest has cleaned up", 0.2)
 

@@ -103,9 +103,8 @@ def test_revert_at_backup_time_and_at_restore_time_give_the_same_bytes(backed: B
     first, second = backed.restore("backup"), backed.restore("restore")
     assert first.keys() == second.keys()
     for volume in first:
-        done = subprocess.run(
-            ["qemu-img", "compare", str(first[volume]), str(second[volume])], capture_output=True, text=True, check=False
-        )
+        words = ["qemu-img", "compare", str(first[volume]), str(second[volume])]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{volume}: {done.stdout}{done.stderr}"
 
 

@@ -156,8 +156,7 @@ class GuestHelper:
     async def close(self) -> None:
         """End the session; the helper goes on until its lease ends."""
         self._keeper.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._keeper
+        await asyncio.wait({self._keeper})
         await self._channel.close()
 
     async def _call(self, method: str, params: Mapping[str, object], timeout: float) -> dict[str, object]:

@@ -116,6 +116,7 @@ class JobRunner:
         """
         job.observer.step("recover")
         await asyncio.to_thread(end_leftovers, self.config.runtime_directory)  # they lock images that are to be mended
+        await asyncio.to_thread(self._clean_repository)
         recovered = await recovery.recover_all(self.hypervisor, self.journals, job.others())
         for item in recovered:
             for failed in item.failed:
@@ -182,6 +183,14 @@ class JobRunner:
 
     def _open_repository(self) -> Repository:
         return Repository.open(LocalStorage(self.config.repository.path))
+
+    def _clean_repository(self) -> None:
+        """Remove what dead writers left in the repository. That it is missing or fails is told when somebody needs it."""
+        try:
+            with self._open_repository() as repository:
+                repository.clean_up()
+        except BackupError as error:
+            log.info("the repository is not cleaned up: %s", error)
 
     async def _claim(self, job: JobContext, vm: str) -> DomainInfo:
         """The domain, for this job alone, with nothing left on it of an earlier one.

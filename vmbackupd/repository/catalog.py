@@ -104,21 +104,28 @@ class Catalog:
     def refresh(self) -> IndexSet:
         """Open index files that are new, forget those that are gone."""
         with self._lock:
-            names = {info.name for info in self._storage.list(f"{INDEXES}/")}
-            files = {name: file for name, file in self._files.items() if name in names}
-            self._damaged &= names
-            for name in sorted(names - files.keys() - self._damaged):
+            while True:
+                names = {info.name for info in self._storage.list(f"{INDEXES}/")}
                 try:
-                    files[name] = self._open(name)
+                    files = self._open_new(names)
+                    break
                 except FileNotFoundError:
-                    continue  # replaced by another host since the listing
-                except RepositoryCorrupt as reason:
-                    log.warning("%s: %s; its packs are searched instead", self._storage.place, reason)
-                    self._damaged.add(name)
+                    continue  # replaced by another host since the listing: list again, or its packs seem uncovered
             if files.keys() != self._files.keys():
                 self._files = files
                 self._set = IndexSet(files[name] for name in sorted(files))
             return self._set
+
+    def _open_new(self, names: set[str]) -> dict[str, IndexFile]:
+        files = {name: file for name, file in self._files.items() if name in names}
+        self._damaged &= names
+        for name in sorted(names - files.keys() - self._damaged):
+            try:
+                files[name] = self._open(name)
+            except RepositoryCorrupt as reason:
+                log.warning("%s: %s; its packs are searched instead", self._storage.place, reason)
+                self._damaged.add(name)
+        return files
 
     def _open(self, name: str) -> IndexFile:
         descriptor = self._storage.open(name)

@@ -1,0 +1,147 @@
+"""Which device is captured how: the decisions, on guests as administrators build them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vmbackupd.guest.report import GuestReport, parse_report
+from vmbackupd.host.udev import HostDevice
+from vmbackupd.hypervisor.base import DiskSource, DomainDisk, DomainInfo, GuestAddress
+from vmbackupd.job import coverage
+from vmbackupd.model import Method, VolumeKind
+
+GiB = 1 << 30
+ROOT = [{"path": "/", "fstype": "ext4", "options": "rw"}]
+DATA = [{"path": "/srv", "fstype": "ext4", "options": "rw"}]
+
+
+def device(name: str, devno: str, **more: object) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "name": name, "devno": devno, "type": "disk", "size": GiB, "logical_block": 512, "read_only": False,
+        "removable": False, "transport": "virtio", "slaves": [], "holders": [], "mounts": [], "swap": False,
+    }  # fmt: skip
+    return base | more
+
+
+def volume(name: str, devno: str, on: list[str], rows: list[list[object]], **more: object) -> dict[str, Any]:
+    size = sum(int(str(row[1])) for row in rows) * 512
+    dm = {"name": name, "uuid": f"LVM-{name}", "table": rows}
+    return device(name, devno, type="dm", size=size, slaves=on, transport="other", dm=dm, **more)
+
+
+def report(*devices: dict[str, Any]) -> GuestReport:
+    return parse_report({"boot_id": "b", "kernel": "6.1", "hostname": "web1", "devices": list(devices)})
+
+
+def disk(target: str, pci: str, **more: object) -> DomainDisk:
+    base: dict[str, Any] = {
+        "target": target, "device": "disk", "bus": "virtio", "read_only": False, "shareable": False, "serial": None,
+        "wwn": None, "alias": None, "size": GiB, "address": GuestAddress(pci),
+        "source": DiskSource("file", "qcow2", f"/images/{target}.qcow2"),
+    }  # fmt: skip
+    return DomainDisk(**(base | more))
+
+
+def domain(*disks: DomainDisk) -> DomainInfo:
+    return DomainInfo("web1", "u", True, True, True, "<domain/>", None, disks, (), None, None)
+
+
+PLAIN_ROOT = device("vda", "254:0", pci="0000:01:00.0", mounts=ROOT)
+DATA_DISK = device("vdb", "254:16", pci="0000:02:00.0", holders=["253:0"])
+DATA_LV = volume("vg-data", "253:0", ["254:16"], [[0, 2048, "linear", "254:16 2048"]], mounts=DATA)
+LUN = device(
+    "sdb", "8:16", transport="iscsi", iscsi={"iqn": "iqn.2001-04.com.example:db", "portal": "192.0.2.7:3260", "lun": 1}
+)
+
+
+def items(found: coverage.Coverage) -> dict[str, tuple[str, Method | None]]:
+    return {item.id: (item.decision, item.method) for item in found.items}
+
+
+def test_a_plain_root_takes_the_freeze_window_and_lvm_the_guest_snapshot() -> None:
+    found = coverage.decide(
+        domain(disk("vda", "0000:01:00.0"), disk("vdb", "0000:02:00.0")), report(PLAIN_ROOT, DATA_DISK, DATA_LV)
+    )
+    assert items(found) == {"vda": ("captured", Method.FREEZE_WINDOW), "vdb": ("captured", Method.GUEST_SNAPSHOT)}
+    assert [item.name for item in found.volumes] == ["vg-data"]
+
+
+def test_boot_beside_a_pv_takes_the_freeze_window_for_the_whole_disk() -> None:
+    boot = device("vdb1", "254:17", type="part", parent="254:16", start=1 << 20, size=1 << 28, mounts=ROOT)
+    pv = device("vdb2", "254:18", type="part", parent="254:16", start=1 << 29, size=1 << 29, holders=["253:0"])
+    lv = volume("vg-data", "253:0", ["254:18"], [[0, 2048, "linear", "254:18 2048"]], mounts=DATA)
+    found = coverage.decide(domain(disk("vdb", "0000:02:00.0")), report(DATA_DISK | {"holders": []}, boot, pv, lv))
+    assert items(found) == {"vdb": ("captured", Method.FREEZE_WINDOW)}
+    assert not found.volumes
+
+
+def test_a_lun_of_the_guests_own_initiator_is_pass_through_under_its_iqn() -> None:
+    lv = volume("vg-db", "253:1", ["8:16"], [[0, 2048, "linear", "8:16 2048"]], mounts=DATA)
+    found = coverage.decide(domain(), report(LUN | {"holders": ["253:1"]}, lv))
+    ident = "iscsi:iqn.2001-04.com.example:db/1"
+    assert items(found) == {ident: ("captured", Method.GUEST_SNAPSHOT)}
+    assert found.pass_through[0].devno == "8:16"
+
+
+@pytest.mark.parametrize(("more", "reason"), [({"mounts": DATA}, "/srv"), ({}, "nothing on it is in use")])
+def test_a_pass_through_disk_without_volumes_is_uncovered_and_can_be_allowed(more: dict[str, Any], reason: str) -> None:
+    found = coverage.decide(domain(), report(LUN | more))
+    assert [item.decision for item in found.items] == ["uncovered"]
+    assert reason in found.items[0].reason and "/dev/sdb" in found.items[0].reason
+    assert not found.plans
+    by_name = coverage.allow(found, ["sdb"])
+    by_id = coverage.allow(found, ["iscsi:iqn.2001-04.com.example:db/1"])
+    assert by_name == by_id and by_name.items[0].decision == "allowed"
+    assert coverage.allow(found, ["sdz"]).items[0].decision == "uncovered"
+
+
+def test_device_lun_is_pass_through_although_the_domain_names_it() -> None:
+    address = GuestAddress("0000:03:00.0", 0, 0)
+    lun = disk("sda", "", device="lun", bus="scsi", address=address, source=DiskSource("block", "raw", "/dev/sdx"))
+    guest = device(
+        "sda", "8:0", transport="scsi", pci="0000:03:00.0", target=0, unit=0, holders=["253:0"], wwn="0x600a0b80"
+    )
+    lv = volume("vg-lun", "253:0", ["8:0"], [[0, 2048, "linear", "8:0 2048"]], mounts=DATA)
+    host = HostDevice("sdx", "/dev/sdx", "8:112", "disk", GiB, False, "600a0b80", None, None, None, "fc", ())
+    found = coverage.decide(domain(lun), report(guest, lv), [host])
+    assert [(plan.id, plan.kind) for plan in found.plans] == [("sda", VolumeKind.PASS_THROUGH)]
+    assert not found.virtual
+    assert found.plans[0].details["host_device"] == "/dev/sdx"
+
+
+def test_a_volume_of_another_kind_of_target_is_uncovered_by_name() -> None:
+    thin = volume("vg-thin", "253:0", ["8:16"], [[0, 2048, "thin", "253:9 1"]], mounts=DATA)
+    found = coverage.decide(domain(), report(LUN | {"holders": ["253:0"]}, thin))
+    assert [item.decision for item in found.items] == ["uncovered"]
+
+
+def test_what_needs_no_capture_is_excluded_with_its_reason() -> None:
+    cdrom = disk("sdc", "0000:09:00.0", device="cdrom", bus="sata")
+    ram = device("zram0", "252:0", type="zram", transport="other")
+    found = coverage.decide(domain(cdrom), report(ram))
+    assert {item.id: item.decision for item in found.items} == {"sdc": "excluded", "zram0": "excluded"}
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    ({"read_only": True}, "read-only"),
+    ({"shareable": True}, "shared"),
+    ({"source": DiskSource("network", "raw", protocol="rbd", name="pool/x")}, "network"),
+    ({"size": 2 * GiB}, "rescan"),
+])  # fmt: skip
+def test_a_virtual_disk_that_cannot_be_snapshotted_is_uncovered(change: dict[str, Any], reason: str) -> None:
+    found = coverage.decide(domain(disk("vda", "0000:01:00.0", **change)), report(PLAIN_ROOT))
+    assert found.items[0].decision == "uncovered" and reason in found.items[0].reason
+
+
+def test_changes_between_two_looks_are_told_and_our_own_devices_are_none() -> None:
+    vm = domain(disk("vda", "0000:01:00.0"))
+    before = coverage.decide(vm, report(PLAIN_ROOT))
+    own = device("vdz", "254:240", pci="0000:0a:00.0", serial="vmbk-j00000001")
+    with_own = domain(disk("vda", "0000:01:00.0"), disk("vdz", "0000:0a:00.0", serial="vmbk-j00000001"))
+    assert coverage.difference(before, coverage.decide(with_own, report(PLAIN_ROOT, own), own="j00000001")) is None
+    appeared = coverage.difference(before, coverage.decide(vm, report(PLAIN_ROOT, LUN)))
+    assert appeared is not None and "iqn.2001-04.com.example:db" in appeared and "appeared" in appeared
+    gone = coverage.difference(coverage.decide(vm, report(PLAIN_ROOT, LUN)), before)
+    assert gone is not None and "went away" in gone

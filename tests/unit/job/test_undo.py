@@ -1,0 +1,95 @@
+"""Unwinding: thaw first, newest first, a failure stops nothing else and stays in the journal for the next try."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from vmbackupd.errors import HypervisorError, NotRunning
+from vmbackupd.job import recovery, undo
+from vmbackupd.job.journal import Header, Journal
+
+
+class Recorder(undo.UndoContext):
+    """A context whose undos only write down that they were asked for; those named in ``failing`` fail."""
+
+    def __init__(self) -> None:
+        self.job, self.vm, self.uuid, self.helper, self.progress = "j00000001", "web1", "u", None, None
+        self.asked: list[str] = []
+        self.failing: dict[str, BaseException] = {}
+
+
+@pytest.fixture
+def ctx(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    context = Recorder()
+    for name in undo.UNDO:
+
+        async def ask(_: undo.UndoContext, args: dict[str, str], name: str = name) -> None:
+            context.asked.append(" ".join([name, *args.values()]))
+            if name in context.failing:
+                raise context.failing[name]
+
+        monkeypatch.setitem(undo.UNDO, name, ask)
+    return context
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    journal = Journal.create(tmp_path, Header("j00000001", "backup", "web1", "u"))
+    journal.record("unlink", path="/scratch")
+    journal.record("detach_scratch", path="/scratch")
+    journal.record("thaw")
+    journal.record("drop_overlay", path="/vda.j00000001")
+    return journal
+
+
+def test_thaw_is_first_then_newest_first(ctx: Recorder, journal: Journal) -> None:
+    unwound = asyncio.run(undo.unwind(ctx, journal))
+    assert ctx.asked == ["thaw", "drop_overlay /vda.j00000001", "detach_scratch /scratch", "unlink /scratch"]
+    assert not unwound.failed and not journal.pending
+
+
+def test_a_failure_stays_in_the_journal_and_stops_nothing_else(ctx: Recorder, journal: Journal) -> None:
+    ctx.failing["drop_overlay"] = HypervisorError("busy")
+    unwound = asyncio.run(undo.unwind(ctx, journal))
+    assert [name for name, _ in unwound.failed] == ["drop_overlay /vda.j00000001"]
+    assert [entry.undo for entry in Journal.load(journal.path).pending] == ["drop_overlay"]
+    assert "unlink /scratch" in ctx.asked
+
+
+def test_an_image_that_is_still_attached_is_not_deleted(ctx: Recorder, journal: Journal) -> None:
+    ctx.failing["detach_scratch"] = HypervisorError("the guest does not let go")
+    asyncio.run(undo.unwind(ctx, journal))
+    assert "unlink /scratch" not in ctx.asked
+    assert [entry.undo for entry in journal.pending] == ["detach_scratch", "unlink"]
+
+
+def test_what_lived_in_a_guest_that_is_off_is_undone(ctx: Recorder, journal: Journal) -> None:
+    ctx.failing["thaw"] = ctx.failing["detach_scratch"] = NotRunning("web1 is off")
+    unwound = asyncio.run(undo.unwind(ctx, journal))
+    assert not unwound.failed and not journal.pending
+
+
+def test_an_overlay_of_a_vm_that_is_off_is_not_forgotten(ctx: Recorder, journal: Journal) -> None:
+    ctx.failing["drop_overlay"] = NotRunning("web1 is off")
+    asyncio.run(undo.unwind(ctx, journal))
+    assert [entry.undo for entry in journal.pending] == ["drop_overlay"]
+
+
+def test_recovery_goes_on_with_the_other_jobs_and_tells_of_damaged_journals(
+    ctx: Recorder, journal: Journal, tmp_path: Path
+) -> None:
+    journal.close()
+    (tmp_path / "j00000002.jsonl").write_text("{}\n{}\n")
+    recovered = {item.job: item for item in asyncio.run(recovery.recover_all(None, tmp_path))}  # type: ignore[arg-type]
+    assert len(recovered["j00000001"].undone) == 4 and not recovered["j00000001"].failed
+    assert "j00000002.jsonl" in recovered["j00000002"].failed[0].error
+    assert not journal.path.exists()
+
+
+def test_journals_of_running_jobs_are_left_alone(journal: Journal, tmp_path: Path) -> None:
+    assert recovery.pending_journals(tmp_path, {"j00000001"}) == []
+    assert recovery.journals_of(tmp_path, "another") == []
+    assert recovery.journals_of(tmp_path, "u") == [journal.path]
