@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.servers import nbdkit, nbdkit_on_socket, qemu_nbd
+from tests.engine.servers import ENVIRONMENT, nbdkit, nbdkit_on_socket, qemu_nbd
 from vmbackupd.engine.copyloop import Progress, copy_in, copy_out
 from vmbackupd.engine.memory import MemorySink, MemorySource
 from vmbackupd.engine.nbd import NbdConnection
@@ -66,7 +66,7 @@ def test_holes_do_not_travel(tmp_path: Path, rng: random.Random, form: str) -> N
     if form == "qcow2":
         source = tmp_path / "image.qcow2"
         argv = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(tmp_path / "image.raw"), str(source)]
-        subprocess.run(argv, check=True)
+        subprocess.run(argv, check=True, env=ENVIRONMENT)
     with qemu_nbd(tmp_path, source, "-r", form=form) as path, NbdConnection(unix=path) as disk:
         progress = check_in(disk, image)
         assert progress.bytes_read < size

@@ -102,12 +102,15 @@ class GuestDevice:
 
 @dataclass(frozen=True)
 class GuestReport:
-    """All block devices of a guest at one moment."""
+    """All block devices of a guest at one moment. ``fsfreeze_hook``: its agent runs a hook when it freezes;
+    ``initiator``: its iSCSI name."""
 
     boot_id: str
     kernel: str
     hostname: str
     devices: tuple[GuestDevice, ...] = field(repr=False)
+    fsfreeze_hook: bool = False
+    initiator: str | None = None
 
     @cached_property
     def _index(self) -> Mapping[str, GuestDevice]:
@@ -148,6 +151,8 @@ def parse_report(obj: Mapping[str, object]) -> GuestReport:
         kernel=get_str(obj, "kernel", max_length=128, error=_ERROR),
         hostname=get_str(obj, "hostname", max_length=255, error=_ERROR),
         devices=devices,
+        fsfreeze_hook=get_bool(obj, "fsfreeze_hook", False, error=_ERROR),
+        initiator=get_str(obj, "initiator", None, max_length=255, error=_ERROR),
     )
 
 

@@ -5,7 +5,7 @@ import platform
 import re
 from typing import Any, Dict, List, Optional
 
-from . import mounts
+from . import facts, mounts
 from .dm import Dm, Target, number_of
 from .failures import HelperError, clip
 
@@ -55,6 +55,8 @@ def probe(dm: Optional[Dm]) -> Dict[str, Any]:
             known[devno]["swap"] = True
     return {
         "boot_id": boot_id(),
+        "fsfreeze_hook": facts.fsfreeze_hook(),
+        "initiator": facts.initiator(),
         "kernel": clip(platform.release(), 128),
         "hostname": clip(platform.node(), 255),
         "devices": devices,

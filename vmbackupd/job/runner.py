@@ -185,7 +185,7 @@ class JobRunner:
         return Repository.open(LocalStorage(self.config.repository.path))
 
     def _clean_repository(self) -> None:
-        """Remove what dead writers left in the repository. That it is missing or fails is told when somebody needs it."""
+        """Remove what dead writers left in the repository. That it is missing is told when somebody needs it."""
         try:
             with self._open_repository() as repository:
                 repository.clean_up()

@@ -43,6 +43,8 @@ def make_manifest(ctx: BackupContext) -> Manifest:
             "hostname": ctx.report.hostname,
             "kernel": ctx.report.kernel,
             "boot_id": ctx.report.boot_id,
+            "initiator": ctx.report.initiator,
+            "fsfreeze_hook": ctx.report.fsfreeze_hook,
             "frozen_filesystems": ctx.frozen_filesystems,
             "suspend_ms": ctx.suspend_ms,
         },
@@ -74,6 +76,9 @@ def _volume(ctx: BackupContext, captured: Captured, keeps_t2: bool) -> VolumeRec
 
 
 def consistency(ctx: BackupContext) -> Consistency:
-    """Filesystems were frozen, or the disks are as after a power cut. Whether an application prepared itself in a
-    hook of the guest agent is more than the agent tells."""
-    return Consistency.FILESYSTEM if ctx.frozen_filesystems > 0 else Consistency.CRASH
+    """Applications prepared themselves in the guest agent's freeze hook, filesystems were frozen, or the disks are as
+    after a power cut."""
+    assert ctx.report is not None
+    if ctx.frozen_filesystems == 0:
+        return Consistency.CRASH
+    return Consistency.APPLICATION if ctx.report.fsfreeze_hook else Consistency.FILESYSTEM
