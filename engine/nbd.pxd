@@ -45,6 +45,7 @@ cdef class NbdConnection:
     cdef readonly uint32_t max_request   # bytes of one read or write
     cdef int cancel_flag                 # of this connection
     cdef const int *other_flag           # of the progress of the running call, or NULL
+    cdef int in_use
     cdef bint writing                    # failures are the target's
     cdef uint32_t idle_ms
     cdef uint32_t stall_ms

@@ -41,6 +41,10 @@ class NbdConnection:
     ) -> None: ...
     @property
     def closed(self) -> bool: ...
+    @property
+    def busy(self) -> bool:
+        """A call uses the connection at this moment."""
+
     def pread(self, offset: int, length: int) -> bytes:
         """A small read. ValueError if it is not inside the export."""
 

@@ -125,10 +125,12 @@ cdef class NbdConnection:
                     f"NBD export {self.export!r}: the connection is closed")
         self.other_flag = cancel_flag
         self.idle_ms = 0
+        self.in_use = 1
         return 0
 
     cdef void leave(self) noexcept nogil:
         self.other_flag = NULL
+        self.in_use = 0
         pthread_mutex_unlock(&self.mutex)
 
     cdef void abandon(self) noexcept nogil:
@@ -142,6 +144,10 @@ cdef class NbdConnection:
     @property
     def closed(self):
         return self.handle == NULL
+
+    @property
+    def busy(self):
+        return self.in_use != 0
 
     def close(self):
         cdef int turns = 0

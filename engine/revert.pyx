@@ -114,8 +114,9 @@ cdef class RevertPlan:
         cdef Piece *piece
         if self.finished:
             return
-        with nogil:
-            qsort(self.pieces, self.piece_count, sizeof(Piece), _by_disk)
+        if self.piece_count > 1:
+            with nogil:
+                qsort(self.pieces, self.piece_count, sizeof(Piece), _by_disk)
         for i in range(1, self.piece_count):
             before = &self.pieces[i - 1]
             piece = &self.pieces[i]

@@ -118,15 +118,10 @@ def test_a_read_that_hangs_can_be_stopped(tmp_path: Path, how: str) -> None:
     with nbdkit(tmp_path, "--filter=delay", "memory", "1M", "rdelay=100") as path:
         disk = NbdConnection(unix=path)
         thread, caught = in_thread(lambda: disk.pread(0, 512))
-        while True:  # until the thread is inside
-            try:
-                disk.pread(0, 0)
-                disk.sync()
-            except RuntimeError as error:
-                assert "another call" in str(error)
-                break
-            except SourceError:
-                pass
+        while not disk.busy:
+            assert thread.is_alive()
+        with pytest.raises(RuntimeError, match="another call"):
+            disk.sync()
         started = time.monotonic()
         getattr(disk, how)()
         thread.join(5)

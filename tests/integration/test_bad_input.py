@@ -88,7 +88,7 @@ def test_cow_store_that_overflows(service: Service, plain_guest: Guest, tmp_path
     try:
         command = service.begin("backup", plain_guest.name)
         pause.wait()
-        plain_guest.exec("dd if=/dev/urandom of=/mnt/data/x bs=1M count=16 conv=fsync; rm /mnt/data/x; sync")
+        plain_guest.exec("dd if=/dev/urandom of=/mnt/data/x bs=1M count=12 conv=fsync; rm /mnt/data/x; sync")
         pause.go()
         error = service.end(command, status=1)["error"]
         assert error["code"] == "SnapshotLost" and "vgdata-data" in error["message"] and "full" in error["message"]

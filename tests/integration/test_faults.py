@@ -17,17 +17,13 @@ from tests.lab.services import until
 pytestmark = pytest.mark.lab
 
 KILLS = [
-    "inspect:channel",
     "inspect:helper",
-    "prepare:scratch",
     "prepare:end",
-    "t1-snapshot:prepared",
     "t1-snapshot:frozen",
     "t1-snapshot:snapped",
     "passthrough-copy:one",
     "t2-snapshot:prepared",
     "t2-snapshot:taken",
-    "t2-snapshot:released",
     "vdisk-backup:one",
     "revert:one",
     "release:begin",
@@ -67,7 +63,7 @@ class State:
         files |= {path.name for path in (service.state / "journal").glob("*")}
         return cls(
             guest.exec("dmsetup table; dmsetup info -c --noheadings -o name,suspended").decode(),
-            guest.exec("ls /sys/block /dev/virtio-ports /run/udev/rules.d 2>&1 || true").decode(),
+            guest.exec("ls /sys/block /dev/virtio-ports; find /run/udev/rules.d -type f 2>/dev/null || true").decode(),
             "\n".join(line for line in guest.domain_xml.splitlines() if "<source" in line or "org.vmbackupd" in line),
             frozenset(files),
             guest.exec("ps -eo args= | grep -v 'ps -eo' | grep -e vmbackupd- -e 'vmbackupd\\.pyz' || true").decode(),
@@ -110,7 +106,7 @@ def test_cancelled_job_undoes_what_it_did(service: Service, plain_guest: Guest, 
     assert service.ctl("list") == listed
 
 
-@pytest.mark.parametrize("point", ["t1-snapshot:snapped", "passthrough-copy:one", "t2-snapshot:taken"])
+@pytest.mark.parametrize("point", ["t1-snapshot:snapped", "t2-snapshot:taken"])
 def test_failed_job_undoes_what_it_did(service: Service, plain_guest: Guest, point: str) -> None:
     service.restart(f"{point}=error")
     code, message = service.fails("backup", plain_guest.name)

@@ -97,12 +97,9 @@ def dm_state(guest: Guest) -> str:
 
 def processes(guest: Guest, job: str) -> list[int]:
     """The helper's processes for a job, the first one first."""
-    script = (
-        "for entry in /proc/[0-9]*; do "
-        "tr '\\0' ' ' < $entry/cmdline 2>/dev/null | grep -qF -- '--port org.vmbackupd.'$0 && echo ${entry#/proc/}; "
-        "done; true"
-    )
-    return sorted(int(word) for word in guest.exec(["/bin/sh", "-c", script, f"{job}.c"]).split())
+    pattern = f"[o]rg[.]vmbackupd[.]{job}[.]c"  # does not match itself in the command line of grep
+    found = guest.exec(["/bin/sh", "-c", 'grep -slzxE "$0" /proc/[0-9]*/cmdline', pattern], check=False)
+    return sorted(int(path.split("/")[2]) for path in found.decode().split())
 
 
 def helper_traces(guest: Guest, job: str) -> str:

@@ -62,11 +62,11 @@ MASKED = """
 ROOT_SIZE = 384 * MiB
 DISKS = {
     "root": ROOT_SIZE + 40 * MiB,
-    "data": 96 * MiB,
-    "spana": 64 * MiB,
-    "spanb": 64 * MiB,
-    "iscsi": 96 * MiB,
-    "lun": 96 * MiB,
+    "data": 64 * MiB,
+    "spana": 40 * MiB,
+    "spanb": 40 * MiB,
+    "iscsi": 40 * MiB,
+    "lun": 40 * MiB,
 }
 """Disks with volume groups: name → size in bytes. ``root`` becomes the LVM guest's root disk."""
 
