@@ -208,6 +208,8 @@ def patch(RevertPlan plan not None, offset, uint8_t[::1] buffer not None, read_s
     cdef bytes data
     cdef int count = 0
     plan._ready()
+    if start == end:
+        return 0
     i = plan.find(start)
     while i < plan.piece_count and plan.pieces[i].disk_offset < end:
         first = max(start, plan.pieces[i].disk_offset)

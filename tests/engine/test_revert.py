@@ -100,11 +100,12 @@ def test_buffers_against_the_reference(rng: random.Random) -> None:
             plan = scene.plan(disk)
             for _ in range(10):
                 start = rng.randrange(len(image))
-                end = rng.randrange(start, len(image) + 1)
+                end = rng.randrange(start + 1, len(image) + 1)
                 buffer = bytearray(image[start:end])
                 pieces = patch(plan, start, buffer, scene.read)
                 assert buffer == expected[start:end]
                 assert pieces == sum(at < end and at + n > start for at, _, n in plan.pieces_list())
+                assert patch(plan, start, bytearray(), scene.read) == 0
 
 
 def test_counts(rng: random.Random) -> None:
