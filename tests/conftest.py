@@ -73,15 +73,27 @@ def lab() -> Iterator[Lab]:
 
 
 @pytest.fixture(scope="session")
-def plain_guest(lab: Lab) -> Guest:
+def plain_guest(lab: Lab) -> Iterator[Guest]:
     """The session's guest whose root is a bare ext4 on vda. Shared: leave it as it was."""
-    return lab.start_guest("plain")
+    guest = lab.start_guest("plain")
+    yield guest
+    require_healthy_kernel(guest)
 
 
 @pytest.fixture(scope="session")
-def lvm_guest(lab: Lab) -> Guest:
+def lvm_guest(lab: Lab) -> Iterator[Guest]:
     """The session's guest with everything on LVM. Shared: leave it as it was."""
-    return lab.start_guest("lvm")
+    guest = lab.start_guest("lvm")
+    yield guest
+    require_healthy_kernel(guest)
+
+
+def require_healthy_kernel(guest: Guest) -> None:
+    """Nothing that was done to a guest in the whole session may have cost it an I/O error, a hang or a filesystem."""
+    log = guest.exec("dmesg").decode(errors="replace").splitlines()
+    complaints = ("I/O error", "EXT4-fs error", "EXT4-fs warning", "blocked for more than", "Oops", "BUG:")
+    bad = [line for line in log if any(complaint in line for complaint in complaints)]
+    assert not bad, f"{guest.name}: " + "; ".join(bad[:10])
 
 
 def children() -> dict[int, str]:

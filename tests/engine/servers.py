@@ -21,11 +21,13 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "LD_
 def running(argv: list[str], ready: Path) -> Iterator[None]:
     """``argv`` until the block ends; entered once ``ready`` exists."""
     require(argv[0], shutil.which(argv[0]) is not None)
-    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, env=ENVIRONMENT)
+    words = ready.with_suffix(".stderr")
+    with words.open("wb") as stderr:
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=stderr, env=ENVIRONMENT)
     try:
         deadline = time.monotonic() + 20
         while not ready.exists():
-            assert process.poll() is None, f"{argv[0]} ended with {process.returncode}"
+            assert process.poll() is None, f"{argv} ended with {process.returncode}: {words.read_text()}"
             assert time.monotonic() < deadline, f"{argv[0]} is not ready after 20 s"
             time.sleep(0.005)
         yield
