@@ -141,12 +141,6 @@ def run_in_lab(lab: Lab, guest: Guest, tmp_path: Path, work: Callable[[Rig], Awa
             await hypervisor.close()
 
     result = asyncio.run(main())
-    print(
-        "TEMP",
-        guest.exec(
-            "journalctl -b --no-pager | grep -iE 'udev|dmsetup|vmbackupd' | grep -v qemu-ga | tail -15; true"
-        ).decode(),
-    )
     assert dm_state(guest) == before
     assert io_errors(guest) == ""
     return result

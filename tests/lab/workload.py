@@ -29,6 +29,8 @@ class Workload:
         """Start new logs and return when the first records are written. ``interval``: rest after each round, s."""
         self.stop()
         self.install()
+        # Logs of an earlier run would be taken for the new ones until the writer has come to truncate them.
+        self.guest.exec(["rm", "-f", *self.logs])
         self.guest.exec(
             [
                 "systemd-run",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -53,11 +54,12 @@ def test_cut_anywhere_it_holds_what_was_complete(tmp_path: Path) -> None:
         path = tmp_path / "cut.jsonl"
         path.write_bytes(data[:cut])
         complete = data[:cut].count(b"\n")
-        loaded = Journal.load(path)
-        assert len(loaded.pending) == max(0, complete - 1)
-        if complete:
-            loaded.record("thaw")  # a torn line must not run into the next one
-            assert len(Journal.load(path).pending) == complete
+        with closing(Journal.load(path)) as loaded:
+            assert len(loaded.pending) == max(0, complete - 1)
+            if complete:
+                loaded.record("thaw")  # a torn line must not run into the next one
+                with closing(Journal.load(path)) as again:
+                    assert len(again.pending) == complete
 
 
 def test_a_damaged_line_is_refused_with_the_file_named(tmp_path: Path) -> None:
@@ -71,7 +73,7 @@ def test_a_damaged_line_is_refused_with_the_file_named(tmp_path: Path) -> None:
         damaged[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
         journal.path.write_bytes(damaged)
         try:
-            Journal.load(journal.path)
+            Journal.load(journal.path).close()
         except JournalCorrupt as error:
             assert str(journal.path) in str(error)
 
