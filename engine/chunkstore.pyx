@@ -380,7 +380,7 @@ cdef class ChunkStore:
         file = IndexFile(self.spill_file(parts), self.seal_key, self.repository, index_id.hex(), index_id)
         self.segment_files.append(file)
         self.kept.append(self.segments)
-        self.segments = IndexSet(self.segment_files)
+        self.segments = IndexSet(self.segment_files, cache=self.index.cache)
 
     def _encode(self):
         packs = [self._pack_id(number) for number in range(self.first_pack, self.packs)]

@@ -1,6 +1,6 @@
 """Where chunks lie: the table a writer fills, the sorted files on storage, and the set of files that is searched."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from typing_extensions import Buffer
 
@@ -29,6 +29,18 @@ class EntryTable:
         ``packs`` are the ids of the packs numbered ``first`` and up in the entries, ``key`` the seal key,
         ``repository`` and ``index`` 16 byte ids. The table is empty afterwards.
         """
+
+def pack_entries(entries: Buffer, pack: int, limit: int, label: str) -> bytearray:
+    """A pack's own index as entries of pack number ``pack``.
+
+    ``limit`` is where the pack's records end. RepositoryCorrupt if an entry points outside of them.
+    """
+
+def encode_entries(entries: bytearray, key: bytes, repository: bytes, index: bytes, packs: list[bytes]) -> list[Buffer]:
+    """Entries in any order, which it sorts in place, as the bytes of an index file (a list of buffers).
+
+    Of several entries of one name in one pack one is kept. The rest as for ``EntryTable.encode``.
+    """
 
 class IndexFile:
     """An index file that is open. Any number of threads at once."""
@@ -61,16 +73,36 @@ class IndexFile:
         """Read every block. RepositoryCorrupt if one is damaged, out of order or points to no pack."""
 
     def names(self) -> Iterator[tuple[bytes, int, int]]:
-        """Iterate over (name, kind, pack number) of all entries, sorted. RepositoryCorrupt as for ``check``."""
+        """Iterate over (name, kind, pack number) of all entries, sorted by name, then pack number. RepositoryCorrupt as for ``check``."""
+
+class BlockCache:
+    """Blocks of index files, read and checked. Any number of threads and sets at once."""
+
+    def __init__(self, blocks: int = 8192) -> None:
+        """Room for so many blocks of 4 KiB, or a few more; at most 32 MiB. Memory is taken as it is used."""
 
 class IndexSet:
-    """Index files that are searched together, with one cache of blocks (32 MiB at most). Any number of threads."""
+    """Index files that are searched together. Any number of threads."""
 
     files: tuple[IndexFile, ...]
 
-    def __init__(self, files: Iterable[IndexFile] = ()) -> None: ...
+    def __init__(
+        self,
+        files: Iterable[IndexFile] = (),
+        *,
+        present: Collection[bytes] | None = None,
+        condemned: Collection[bytes] = (),
+        cache: BlockCache | None = None,
+    ) -> None:
+        """Entries are passed over if their pack is not among ``present`` (None: all are) or is among ``condemned``:
+        collections of 16 byte ids, best sets. ``cache``: blocks shared with other sets; a set has its own otherwise.
+        """
+
     def __len__(self) -> int:
-        """Entries of all files together."""
+        """Entries of all files together, also those that are passed over."""
 
     def lookup(self, name: bytes) -> tuple[bytes, int, int, int, int] | None:
         """(pack id, offset, stored, raw, kind) of a 32 byte name, or None."""
+
+    def copies(self, name: bytes, limit: int = 1000) -> list[tuple[bytes, int, int, int, int]]:
+        """(pack id, offset, stored, raw, kind) of every record of a 32 byte name, up to ``limit``."""

@@ -8,7 +8,7 @@ a writer then stores the chunk again, a reader falls back to the packs, which ar
 
 import os
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, qsort, realloc
 from libc.string cimport memcmp, memcpy, memset
 from posix.unistd cimport close, pread
@@ -47,8 +47,6 @@ from vmbackupd.engine.threads cimport (
 from vmbackupd.errors import RepositoryCorrupt, StorageError
 
 cdef enum:
-    HEADER = 64             # bytes before the first block
-    TAG = 32                # bytes of the seal at the end
     VERSION = 1
     CACHE_SLOTS = 8192      # blocks kept in memory at most: 32 MiB
     MAX_TAIL = 1 << 30      # bytes of pack table and directory that are believed: 26 million blocks
@@ -138,20 +136,13 @@ cdef class EntryTable:
 
         ``limit`` is where the pack's records end. RepositoryCorrupt if an entry points outside of them.
         """
-        cdef size_t length = entries.shape[0]
+        cdef bytearray made = pack_entries(entries, pack, limit, label)
+        cdef const uint8_t *start = <const uint8_t *><char *>made
         cdef size_t number
         cdef Entry entry
-        cdef int added = 0
-        if length % ENTRY:
-            raise RepositoryCorrupt(f"{label}: its index has {length} bytes, no whole number of entries")
-        for number in range(length // ENTRY):
-            decode_entry(&entries[number * ENTRY], &entry)
-            if not _plausible(&entry) or entry.offset < PACK_HEADER or entry.offset + <uint64_t>entry.stored \
-                    + RECORD_HEADER > limit:
-                raise RepositoryCorrupt(f"{label}: entry {number} of its index points outside of the pack")
-            entry.pack = pack
-            added = self.add(&entries[number * ENTRY], &entry)
-            if added < 0:
+        for number in range(<size_t>len(made) // ENTRY):
+            decode_entry(start + number * ENTRY, &entry)
+            if self.add(start + number * ENTRY, &entry) < 0:
                 raise MemoryError
 
     def contains(self, bytes name not None):
@@ -172,62 +163,127 @@ cdef class EntryTable:
         ``packs`` are the ids of the packs numbered ``first`` and up in the entries, ``key`` the seal key,
         ``repository`` and ``index`` 16 byte ids. Sorts the entries in place, so the table is cleared afterwards.
         """
-        cdef uint64_t blocks = (self.count + BLOCK_ENTRIES - 1) // BLOCK_ENTRIES
-        cdef bytearray body = bytearray(blocks * BLOCK)
-        cdef bytearray directory = bytearray(blocks * DIRECTORY_ENTRY)
-        cdef bytearray header = bytearray(HEADER)
-        cdef uint8_t *out = <uint8_t *><char *>body
-        cdef uint8_t *line = <uint8_t *><char *>directory
-        cdef uint8_t *head = <uint8_t *><char *>header
-        cdef const uint8_t *secret = <const uint8_t *><char *>key
-        cdef uint64_t block, start, length
         cdef uint32_t number
         cdef uint8_t *at
-        if len(key) != 32 or len(repository) != 16 or len(index) != 16 or any(len(pack) != PACK_ID for pack in packs):
-            raise ValueError("ids have 16 bytes, keys 32")
-        memcpy(head, <char *>MAGIC, 8)
-        store_u16(head + 8, VERSION)
-        memcpy(head + 16, <char *>repository, 16)
-        memcpy(head + 32, <char *>index, 16)
-        store_u64(head + 48, self.count)
-        store_u32(head + 56, <uint32_t>len(packs))
-        store_u32(head + 60, <uint32_t>blocks)
         with nogil:
             for number in range(self.count):
                 at = self.entries + number * <size_t>ENTRY + NAME
                 store_u32(at, load_u32(at) - first)
-            qsort(self.entries, self.count, ENTRY, _by_name)
-            for block in range(blocks):
-                start = block * BLOCK_ENTRIES
-                length = min(<uint64_t>BLOCK_ENTRIES, self.count - start)
-                memcpy(out + block * BLOCK, self.entries + start * ENTRY, length * ENTRY)
-                memcpy(line + block * DIRECTORY_ENTRY, out + block * BLOCK, 8)
-                keyed_hash(secret, out + block * BLOCK, BLOCK, line + block * DIRECTORY_ENTRY + 8)
+        parts = _encode(self.entries, self.count, key, repository, index, packs)
         self.clear()
-        tail = b"".join(packs) + directory
-        return [bytes(header), body, tail, _seal(key, bytes(header) + tail)]
+        return parts
 
 
-cdef int _by_name(const void *left, const void *right) noexcept nogil:
-    return memcmp(left, right, NAME)
+def pack_entries(const uint8_t[::1] entries not None, uint32_t pack, uint64_t limit, str label not None):
+    """A pack's own index as entries of pack number ``pack``, a bytearray.
+
+    ``limit`` is where the pack's records end. RepositoryCorrupt if an entry points outside of them.
+    """
+    cdef size_t length = entries.shape[0]
+    cdef size_t number
+    cdef Entry entry
+    cdef bytearray made
+    if length % ENTRY:
+        raise RepositoryCorrupt(f"{label}: its index has {length} bytes, no whole number of entries")
+    made = bytearray(entries)
+    for number in range(length // ENTRY):
+        decode_entry(&entries[number * ENTRY], &entry)
+        if not plausible(&entry) or entry.offset + <uint64_t>entry.stored + RECORD_HEADER > limit:
+            raise RepositoryCorrupt(f"{label}: entry {number} of its index points outside of the pack")
+        store_u32(<uint8_t *><char *>made + number * ENTRY + NAME, pack)
+    return made
 
 
-# Could a writer have made this entry? Keeps every later sum of its fields far from overflow.
-cdef bint _plausible(const Entry *entry) noexcept nogil:
+def encode_entries(bytearray entries not None, bytes key not None, bytes repository not None, bytes index not None, list packs not None):
+    """Entries in any order, which it sorts in place, as the bytes of an index file (a list of buffers).
+
+    Of several entries of one name in one pack one is kept. The rest as for ``EntryTable.encode``.
+    """
+    cdef uint8_t *data = <uint8_t *><char *>entries
+    cdef size_t count = len(entries) // ENTRY
+    cdef size_t kept = 0
+    cdef size_t number
+    if len(entries) % ENTRY:
+        raise ValueError("no whole number of entries")
+    with nogil:
+        qsort(data, count, ENTRY, compare_entries)
+        for number in range(count):
+            if number and memcmp(data + number * ENTRY, data + (kept - 1) * ENTRY, NAME + 4) == 0:
+                continue
+            if kept != number:
+                memcpy(data + kept * ENTRY, data + number * ENTRY, ENTRY)
+            kept += 1
+    return _encode(data, kept, key, repository, index, packs)
+
+
+# The file of these entries, which it sorts in place.
+cdef list _encode(uint8_t *entries, uint64_t count, bytes key, bytes repository, bytes index, list packs):
+    cdef uint64_t blocks = (count + BLOCK_ENTRIES - 1) // BLOCK_ENTRIES
+    cdef bytearray body = bytearray(blocks * BLOCK)
+    cdef bytearray directory = bytearray(blocks * DIRECTORY_ENTRY)
+    cdef uint8_t *out = <uint8_t *><char *>body
+    cdef uint8_t *line = <uint8_t *><char *>directory
+    cdef const uint8_t *secret = <const uint8_t *><char *>key
+    cdef uint64_t block, start, length
+    cdef bytes header = encode_header(count, key, repository, index, packs)
+    with nogil:
+        qsort(entries, count, ENTRY, compare_entries)
+        for block in range(blocks):
+            start = block * BLOCK_ENTRIES
+            length = min(<uint64_t>BLOCK_ENTRIES, count - start)
+            memcpy(out + block * BLOCK, entries + start * ENTRY, length * ENTRY)
+            seal_block(secret, out + block * BLOCK, line + block * DIRECTORY_ENTRY)
+    tail = b"".join(packs) + directory
+    return [header, body, tail, seal_of(key, header + tail)]
+
+
+# The directory's line for a block that is complete.
+cdef void seal_block(const uint8_t *key, const uint8_t *block, uint8_t *line) noexcept nogil:
+    memcpy(line, block, 8)
+    keyed_hash(key, block, BLOCK, line + 8)
+
+
+cdef bytes encode_header(uint64_t count, bytes key, bytes repository, bytes index, list packs):
+    """The first 64 bytes of an index of ``count`` entries."""
+    cdef uint8_t head[64]
+    if len(key) != 32 or len(repository) != 16 or len(index) != 16 or any(len(pack) != PACK_ID for pack in packs):
+        raise ValueError("ids have 16 bytes, keys 32")
+    memset(head, 0, INDEX_HEADER)
+    memcpy(head, <char *>MAGIC, 8)
+    store_u16(head + 8, VERSION)
+    memcpy(head + 16, <char *>repository, 16)
+    memcpy(head + 32, <char *>index, 16)
+    store_u64(head + 48, count)
+    store_u32(head + 56, <uint32_t>len(packs))
+    store_u32(head + 60, <uint32_t>((count + BLOCK_ENTRIES - 1) // BLOCK_ENTRIES))
+    return head[:INDEX_HEADER]
+
+
+cdef int compare_entries(const void *left, const void *right) noexcept nogil:
+    cdef int order = memcmp(left, right, NAME)
+    cdef uint32_t one, two
+    if order:
+        return order
+    one = load_u32(<const uint8_t *>left + NAME)
+    two = load_u32(<const uint8_t *>right + NAME)
+    return (one > two) - (one < two)
+
+
+cdef bint plausible(const Entry *entry) noexcept nogil:
     return (
         KIND_CHUNK <= entry.kind <= KIND_ROOT and 0 < entry.raw <= MAX_RAW and 0 < entry.stored <= MAX_RAW + BLOCK
         and entry.offset >= PACK_HEADER
     )
 
 
-cdef bytes _seal(bytes key, bytes data):
+cdef bytes seal_of(bytes key, bytes data):
     cdef uint8_t tag[32]
     cdef const uint8_t *start = <const uint8_t *><char *>data
     cdef const uint8_t *secret = <const uint8_t *><char *>key
     cdef size_t length = len(data)
     with nogil:
         keyed_hash(secret, start, length, tag)
-    return tag[:TAG]
+    return tag[:INDEX_TAG]
 
 
 # ---- one file
@@ -250,7 +306,7 @@ cdef class IndexFile:
         memcpy(self.index.key, <char *>key, 32)
         header, tail = self._read()
         self._parse_header(header, repository, index, len(tail))
-        if _seal(key, header + tail[:-TAG]) != tail[-TAG:]:
+        if seal_of(key, header + tail[:-INDEX_TAG]) != tail[-INDEX_TAG:]:
             raise RepositoryCorrupt(f"index {self.label} does not match its checksum")
         self._parse_tail(tail)
 
@@ -265,10 +321,10 @@ cdef class IndexFile:
         """Header and tail of the file; the length of the blocks between them is checked against the file's."""
         try:
             size = os.fstat(self.index.fd).st_size
-            header = os.pread(self.index.fd, HEADER, 0)
+            header = os.pread(self.index.fd, INDEX_HEADER, 0)
             blocks = int.from_bytes(header[60:64], "little")
-            at = HEADER + blocks * BLOCK
-            if len(header) < HEADER or at + TAG > size or size - at > MAX_TAIL:
+            at = INDEX_HEADER + blocks * BLOCK
+            if len(header) < INDEX_HEADER or at + INDEX_TAG > size or size - at > MAX_TAIL:
                 raise RepositoryCorrupt(f"index {self.label} is truncated or no index: it has {size} bytes")
             tail = b""
             while len(tail) < size - at:
@@ -303,7 +359,7 @@ cdef class IndexFile:
             raise RepositoryCorrupt(f"index {self.label} is stored under the wrong name: it is index {own[:16].hex()}")
         if (
             self.index.blocks != (self.index.entries + BLOCK_ENTRIES - 1) // BLOCK_ENTRIES
-            or tail != self.index.pack_count * <uint64_t>PACK_ID + self.index.blocks * DIRECTORY_ENTRY + TAG
+            or tail != self.index.pack_count * <uint64_t>PACK_ID + self.index.blocks * DIRECTORY_ENTRY + INDEX_TAG
         ):
             raise RepositoryCorrupt(f"index {self.label} has not the length its header tells")
         return 0
@@ -317,7 +373,7 @@ cdef class IndexFile:
         cdef uint64_t block
         # one byte more than needed: malloc(0) may be NULL
         index.prefixes = <uint64_t *>malloc(index.blocks * sizeof(uint64_t) + 1)
-        index.tags = <uint8_t *>malloc(index.blocks * TAG + 1)
+        index.tags = <uint8_t *>malloc(index.blocks * INDEX_TAG + 1)
         index.packs = <uint8_t *>malloc(index.pack_count * <size_t>PACK_ID + 1)
         if index.prefixes == NULL or index.tags == NULL or index.packs == NULL:
             raise MemoryError
@@ -325,11 +381,11 @@ cdef class IndexFile:
             memcpy(index.packs, packs, index.pack_count * <size_t>PACK_ID)
         for block in range(index.blocks):
             prefix = take(&cursor, 8)
-            tag = take(&cursor, TAG)
+            tag = take(&cursor, INDEX_TAG)
             if cursor.failed:
                 raise RepositoryCorrupt(f"index {self.label}: its directory is truncated")
             index.prefixes[block] = name_prefix(prefix)
-            memcpy(index.tags + block * TAG, tag, TAG)
+            memcpy(index.tags + block * INDEX_TAG, tag, INDEX_TAG)
             if block and index.prefixes[block] < index.prefixes[block - 1]:
                 raise RepositoryCorrupt(f"index {self.label}: its directory is not sorted")
         return 0
@@ -379,138 +435,234 @@ cdef class IndexFile:
 
     def _blocks(self):
         cdef bytes last = b""
-        cdef bytes data
+        cdef bytes data, own
         cdef Entry entry
         cdef uint64_t block
         cdef size_t at, number, length
         for block in range(self.index.blocks):
             length = min(<uint64_t>BLOCK_ENTRIES, self.index.entries - block * BLOCK_ENTRIES)
             try:
-                data = os.pread(self.index.fd, BLOCK, HEADER + block * BLOCK)
+                data = os.pread(self.index.fd, BLOCK, INDEX_HEADER + block * BLOCK)
             except OSError as reason:
                 raise StorageError(f"index {self.label}: {reason}") from reason
-            if _seal(self.index.key[:32], data) != self.index.tags[block * TAG:(block + 1) * TAG]:
+            if seal_of(self.index.key[:32], data) != self.index.tags[block * INDEX_TAG:(block + 1) * INDEX_TAG]:
                 raise RepositoryCorrupt(f"index {self.label}: block {block} does not match its checksum")
             for number in range(length):
                 at = number * ENTRY
                 decode_entry(<const uint8_t *><char *>data + at, &entry)
-                if data[at : at + NAME] <= last or entry.pack >= self.index.pack_count or not _plausible(&entry):
+                own = data[at : at + ENTRY]
+                if (
+                    (last and compare_entries(<char *>own, <char *>last) <= 0)
+                    or entry.pack >= self.index.pack_count or not plausible(&entry)
+                ):
                     raise RepositoryCorrupt(f"index {self.label}: block {block} holds an impossible entry")
-                last = data[at : at + NAME]
+                last = own
             yield data, length
 
 
 # ---- the files together
 
-cdef class IndexSet:
-    """Index files that are searched together, with one cache of blocks."""
+cdef class BlockCache:
+    """Blocks of index files, read and checked. Any number of threads and sets at once."""
 
-    def __cinit__(self, files=()):
+    def __cinit__(self, uint64_t blocks=CACHE_SLOTS):
+        """Room for so many blocks of 4 KiB, or a few more; at most 32 MiB. Memory is taken as it is used."""
         cdef size_t slots = 16
-        cdef size_t blocks = 0
-        cdef size_t i
-        cdef IndexFile file
-        self.files = tuple(files)
-        self.length = len(self.files)
-        self.indexes = <index_t **>malloc(self.length * sizeof(index_t *) + 1)
-        if self.indexes == NULL:
-            raise MemoryError
-        for i in range(self.length):
-            file = self.files[i]
-            self.indexes[i] = &file.index
-            blocks += file.index.blocks
+        cdef int i
         while slots < blocks and slots < CACHE_SLOTS:
             slots *= 2
         self.mask = slots - 1
         self.keys = <uint64_t *>calloc(slots, sizeof(uint64_t))
-        self.cache = <uint8_t *>malloc(slots * BLOCK)
-        if self.keys == NULL or self.cache == NULL:
+        self.data = <uint8_t *>malloc(slots * BLOCK)
+        if self.keys == NULL or self.data == NULL:
             raise MemoryError
         for i in range(STRIPES):
             pthread_mutex_init(&self.locks[i], NULL)
 
     def __dealloc__(self):
-        free(self.indexes)
+        cdef int i
         free(self.keys)
-        free(self.cache)
+        free(self.data)
+        for i in range(STRIPES):
+            pthread_mutex_destroy(&self.locks[i])
+
+    cdef const uint8_t *borrow(self, index_t *index, uint64_t block, pthread_mutex_t **lock) noexcept nogil:
+        cdef uint64_t key = ((<uint64_t>index.serial << 32) | block) + 1
+        cdef size_t slot = <size_t>((key * 0x9E3779B97F4A7C15ULL) >> 40) & self.mask
+        cdef uint8_t *data = self.data + slot * BLOCK
+        cdef uint8_t tag[32]
+        lock[0] = &self.locks[slot % STRIPES]
+        pthread_mutex_lock(lock[0])
+        if self.keys[slot] == key:
+            return data
+        self.keys[slot] = 0
+        if pread(index.fd, data, BLOCK, INDEX_HEADER + block * BLOCK) == BLOCK:
+            keyed_hash(index.key, data, BLOCK, tag)
+            if memcmp(tag, index.tags + block * INDEX_TAG, INDEX_TAG) == 0:
+                self.keys[slot] = key
+                return data
+        index.damaged += 1
+        return NULL
+
+
+cdef class IndexSet:
+    """Index files that are searched together."""
+
+    def __cinit__(self, files=(), *, present=None, condemned=(), BlockCache cache=None):
+        """Entries are passed over if their pack is not among ``present`` (None: all are) or is among ``condemned``:
+        collections of 16 byte ids. ``cache``: blocks shared with other sets.
+        """
+        cdef size_t blocks = 0
+        cdef size_t i
+        cdef IndexFile file
+        self.files = tuple(files)
+        self.length = len(self.files)
+        self.indexes = <index_t **>calloc(self.length + 1, sizeof(index_t *))
+        self.usable = <uint8_t **>calloc(self.length + 1, sizeof(uint8_t *))
+        if self.indexes == NULL or self.usable == NULL:
+            raise MemoryError
+        for i in range(self.length):
+            file = self.files[i]
+            self.indexes[i] = &file.index
+            blocks += file.index.blocks
+            if present is not None or condemned:
+                self._flag(i, present, condemned)
+        self.cache = BlockCache(blocks) if cache is None else cache
+
+    def __dealloc__(self):
+        cdef size_t i
+        if self.usable != NULL:
+            for i in range(self.length):
+                free(self.usable[i])
+        free(self.usable)
+        free(self.indexes)
 
     def __len__(self):
         return sum(file.count for file in self.files)
 
+    def _flag(self, size_t which, present, condemned):
+        cdef index_t *index = self.indexes[which]
+        cdef uint32_t number
+        cdef uint8_t *flags = <uint8_t *>malloc(index.pack_count + <size_t>1)
+        if flags == NULL:
+            raise MemoryError
+        self.usable[which] = flags
+        for number in range(index.pack_count):
+            pack_id = index.packs[number * PACK_ID:(number + 1) * PACK_ID]
+            flags[number] = (present is None or pack_id in present) and pack_id not in condemned
+
     cdef Py_ssize_t find(self, const uint8_t *name, size_t start, Entry *entry) noexcept nogil:
-        cdef uint64_t prefix = name_prefix(name)
-        cdef index_t *index
-        cdef uint64_t low, high, middle
-        cdef size_t which
-        for which in range(start, self.length):
-            index = self.indexes[which]
-            # the first block whose first name is surely above the one that is looked for
-            low = 0
-            high = index.blocks
-            while low < high:
-                middle = (low + high) // 2
-                if index.prefixes[middle] > prefix:
-                    high = middle
-                else:
-                    low = middle + 1
-            # the block before it, and those before that begin with the same prefix
-            while low > 0:
-                low -= 1
-                if self._search(index, low, name, entry):
-                    return <Py_ssize_t>which
-                if index.prefixes[low] < prefix:
+        cdef size_t which = start >> PLACE_BITS
+        cdef int64_t number = <int64_t>(start & ((<size_t>1 << PLACE_BITS) - 1))
+        if which < self.length and number and not self._is_at(self.indexes[which], number, name, entry):
+            which += 1
+            number = 0
+        while which < self.length:
+            if number == 0:
+                number = self._first(self.indexes[which], name, entry)
+            # copies in this file lie side by side
+            while number >= 0:
+                if self._counts(which, entry):
+                    return <Py_ssize_t>place_of(which, number)
+                number += 1
+                if not self._is_at(self.indexes[which], number, name, entry):
                     break
+            which += 1
+            number = 0
         return -1
 
-    # Searches one block. A damaged block is an empty one.
-    cdef int _search(self, index_t *index, uint64_t block, const uint8_t *name, Entry *entry) noexcept nogil:
-        cdef uint64_t key = ((<uint64_t>index.serial << 32) | block) + 1
-        cdef size_t slot = <size_t>((key * 0x9E3779B97F4A7C15ULL) >> 40) & self.mask
-        cdef pthread_mutex_t *lock = &self.locks[slot % STRIPES]
-        cdef uint8_t *data = self.cache + slot * BLOCK
-        cdef uint8_t tag[32]
+    # The number of the first entry of this name in a file, or -1.
+    cdef int64_t _first(self, index_t *index, const uint8_t *name, Entry *entry) noexcept nogil:
+        cdef uint64_t prefix = name_prefix(name)
         cdef uint64_t low = 0
-        cdef uint64_t high = min(<uint64_t>BLOCK_ENTRIES, index.entries - block * BLOCK_ENTRIES)
+        cdef uint64_t high = index.blocks
         cdef uint64_t middle
-        cdef int order
-        cdef int found = 0
-        pthread_mutex_lock(lock)
-        if self.keys[slot] != key:
-            self.keys[slot] = 0
-            if pread(index.fd, data, BLOCK, HEADER + block * BLOCK) != BLOCK:
-                index.damaged += 1
-                high = 0
-            else:
-                keyed_hash(index.key, data, BLOCK, tag)
-                if memcmp(tag, index.tags + block * TAG, TAG) == 0:
-                    self.keys[slot] = key
-                else:
-                    index.damaged += 1
-                    high = 0
+        cdef int64_t found = -1
+        cdef Entry earlier
+        cdef int at
+        # the first block whose first name is surely above the one that is looked for
         while low < high:
             middle = (low + high) // 2
-            order = memcmp(data + middle * ENTRY, name, NAME)
-            if order == 0:
-                decode_entry(data + middle * ENTRY, entry)
-                found = _plausible(entry) and entry.pack < index.pack_count
-                break
-            if order < 0:
-                low = middle + 1
-            else:
+            if index.prefixes[middle] > prefix:
                 high = middle
+            else:
+                low = middle + 1
+        # the block before it, and those before that begin with the same prefix
+        while low > 0:
+            low -= 1
+            at = self._search(index, low, name, &earlier)
+            if at >= 0:
+                found = low * BLOCK_ENTRIES + at
+                entry[0] = earlier
+            if at > 0 or index.prefixes[low] < prefix:
+                break
+        return found
+
+    # Does this entry of a file exist and have this name?
+    cdef bint _is_at(self, index_t *index, uint64_t number, const uint8_t *name, Entry *entry) noexcept nogil:
+        cdef pthread_mutex_t *lock = NULL
+        cdef const uint8_t *data
+        cdef bint found = False
+        if number >= index.entries:
+            return False
+        data = self.cache.borrow(index, number // BLOCK_ENTRIES, &lock)
+        if data != NULL:
+            data += (number % BLOCK_ENTRIES) * ENTRY
+            found = memcmp(data, name, NAME) == 0
+            if found:
+                decode_entry(data, entry)
         pthread_mutex_unlock(lock)
         return found
 
-    cdef const uint8_t *pack_id(self, size_t which, uint32_t pack) noexcept nogil:
-        return self.indexes[which].packs + pack * <size_t>PACK_ID
+    # Number within a block of the first entry of this name, or -1. A damaged block is an empty one.
+    cdef int _search(self, index_t *index, uint64_t block, const uint8_t *name, Entry *entry) noexcept nogil:
+        cdef pthread_mutex_t *lock = NULL
+        cdef const uint8_t *data = self.cache.borrow(index, block, &lock)
+        cdef uint64_t length = min(<uint64_t>BLOCK_ENTRIES, index.entries - block * BLOCK_ENTRIES)
+        cdef uint64_t low = 0
+        cdef uint64_t high = length
+        cdef uint64_t middle
+        cdef int found = -1
+        if data != NULL:
+            while low < high:
+                middle = (low + high) // 2
+                if memcmp(data + middle * ENTRY, name, NAME) < 0:
+                    low = middle + 1
+                else:
+                    high = middle
+            if low < length and memcmp(data + low * ENTRY, name, NAME) == 0:
+                decode_entry(data + low * ENTRY, entry)
+                found = <int>low
+        pthread_mutex_unlock(lock)
+        return found
+
+    # May this entry be relied on?
+    cdef bint _counts(self, size_t which, const Entry *entry) noexcept nogil:
+        if not plausible(entry) or entry.pack >= self.indexes[which].pack_count:
+            return False
+        return self.usable[which] == NULL or self.usable[which][entry.pack] != 0
+
+    cdef const uint8_t *pack_id(self, size_t place, uint32_t pack) noexcept nogil:
+        return self.indexes[place >> PLACE_BITS].packs + pack * <size_t>PACK_ID
 
     def lookup(self, bytes name not None):
         """(pack id, offset, stored, raw, kind) of a 32 byte name, or None."""
+        found = self.copies(name, 1)
+        return found[0] if found else None
+
+    def copies(self, bytes name not None, size_t limit=1000):
+        """(pack id, offset, stored, raw, kind) of every record of a 32 byte name, up to ``limit``."""
         cdef Entry entry
-        cdef Py_ssize_t which
+        cdef Py_ssize_t place = -1
+        cdef const uint8_t *start = <const uint8_t *><char *>name
         if len(name) != NAME:
             raise ValueError(f"a name has {NAME} bytes, not {len(name)}")
-        which = self.find(<const uint8_t *><char *>name, 0, &entry)
-        if which < 0:
-            return None
-        return self.pack_id(which, entry.pack)[:PACK_ID], entry.offset, entry.stored, entry.raw, entry.kind
+        found = []
+        while <size_t>len(found) < limit:
+            with nogil:
+                place = self.find(start, <size_t>(place + 1), &entry)
+            if place < 0:
+                break
+            pack_id = self.pack_id(place, entry.pack)[:PACK_ID]
+            found.append((pack_id, entry.offset, entry.stored, entry.raw, entry.kind))
+        return found

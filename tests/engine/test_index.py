@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from vmbackupd.engine.index import EntryTable, IndexFile, IndexSet
+from vmbackupd.engine.index import BlockCache, EntryTable, IndexFile, IndexSet, encode_entries, pack_entries
 from vmbackupd.errors import RepositoryCorrupt
 from vmbackupd.repository.catalog import spill_file
 
@@ -123,6 +123,52 @@ def test_foreign_files() -> None:
     ]:
         with pytest.raises(RepositoryCorrupt):
             IndexFile(spill_file([data]), key, repository, "test", index)
+
+
+def test_copies_in_several_packs_and_files() -> None:
+    """Every copy is found, wherever it lies; entries of packs that are absent or condemned are passed over."""
+    rng = random.Random(7)
+    packs = [bytes([number]) * 16 for number in range(9)]
+    names = [rng.randbytes(8) + rng.choice([b"a", b"b", b"c"]) * 24 for _ in range(200)]
+    copies: dict[bytes, set[tuple[bytes, int, int, int, int]]] = {}
+    files = []
+    for own in (packs[:4], packs[3:7], packs[5:]):
+        entries = bytearray()
+        for number, pack in enumerate(own):
+            chosen = rng.sample(names, rng.choice([1, 60, 200]))
+            offset = 64 + packs.index(pack)
+            entries += pack_entries(
+                b"".join(entry(name, offset, 9, 9, 1) for name in chosen * 2), number, 2**20, "pack"
+            )
+            for name in chosen:
+                copies.setdefault(name, set()).add((pack, offset, 9, 9, 1))
+        files.append(opened(b"".join(encode_entries(entries, KEY, REPOSITORY, INDEX, list(own)))))
+        files[-1].check()
+    cache = BlockCache(16)
+    for _ in range(40):
+        present = rng.choice([None, set(rng.sample(packs, rng.randrange(10)))])
+        condemned = set(rng.sample(packs, rng.randrange(5)))
+        index = IndexSet(files, present=present, condemned=condemned, cache=cache)
+        good = (set(packs) if present is None else present) - condemned
+        for name in names:
+            wanted = {where for where in copies.get(name, set()) if where[0] in good}
+            assert set(index.copies(name)) == wanted
+            assert index.lookup(name) in (wanted or {None})
+            assert len(index.copies(name, 1)) == min(1, len(wanted))
+
+
+def test_a_name_with_more_copies_than_a_block_holds() -> None:
+    packs = [bytes([number]) * 16 for number in range(200)]
+    entries = bytearray()
+    for number in range(len(packs)):
+        own = entry(b"n" * 32, 64, 9, 9, 1) + entry(bytes([number]) * 31 + b"x", 99, 9, 9, 1)
+        entries += pack_entries(own, number, 999, "pack")
+    file = opened(b"".join(encode_entries(entries, KEY, REPOSITORY, INDEX, packs)))
+    file.check()
+    assert [where[0] for where in IndexSet([file]).copies(b"n" * 32)] == packs
+    assert IndexSet([file], present={packs[190]}).lookup(b"n" * 32) == (packs[190], 64, 9, 9, 1)
+    for number, pack in enumerate(packs):
+        assert IndexSet([file]).copies(bytes([number]) * 31 + b"x") == [(pack, 99, 9, 9, 1)]
 
 
 def test_table_refuses_impossible_entries() -> None:

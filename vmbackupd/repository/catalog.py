@@ -7,11 +7,11 @@ import os
 import secrets
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 from vmbackupd.engine import pack as packs
-from vmbackupd.engine.index import EntryTable, IndexFile, IndexSet
+from vmbackupd.engine.index import BlockCache, IndexFile, IndexSet, encode_entries, pack_entries
 from vmbackupd.engine.zstd import Codec
 from vmbackupd.errors import BackupError, RepositoryCorrupt, StorageError
 from vmbackupd.repository.header import Header
@@ -27,7 +27,7 @@ PACKS = "packs"
 PACK_ID = 16
 WRITER_ID = 12
 LARGEST_CONTENT = 8 * 2**20
-REBUILT_ENTRIES = 2**19  # entries of a rebuilt index at which the next one is begun: bounds memory
+REBUILT_BYTES = 2**24  # bytes of the entries of a rebuilt index at which the next one is begun: bounds memory
 
 
 def index_name(index_id: bytes) -> str:
@@ -88,7 +88,8 @@ class Catalog:
         self._lock = threading.RLock()
         self._files: dict[str, IndexFile] = {}
         self._damaged: set[str] = set()
-        self._set = IndexSet()
+        self._cache = BlockCache()  # one for all sets: memory does not grow with the number of writers
+        self._set = IndexSet(cache=self._cache)
         self._fruitless: frozenset[bytes] = frozenset()
 
     @property
@@ -113,8 +114,17 @@ class Catalog:
                     continue  # replaced by another host since the listing: list again, or its packs seem uncovered
             if files.keys() != self._files.keys():
                 self._files = files
-                self._set = IndexSet(files[name] for name in sorted(files))
+                self._set = IndexSet((files[name] for name in sorted(files)), cache=self._cache)
             return self._set
+
+    def for_writer(self, present: Collection[bytes], condemned: Collection[bytes]) -> IndexSet:
+        """What a writer may rely on: the index files of now, but only entries of packs that are ``present`` and not
+        ``condemned`` (16 byte ids; sets, or dictionaries by id).
+
+        Both must be listed before this is called, the condemned ones first: then whatever an outdated index tells hurts
+        nobody.
+        """
+        return IndexSet(self.refresh().files, present=present, condemned=condemned, cache=self._cache)
 
     def _open_new(self, names: set[str]) -> dict[str, IndexFile]:
         files = {name: file for name, file in self._files.items() if name in names}
@@ -166,11 +176,11 @@ class Catalog:
             if not wanted or frozenset(wanted) == self._fruitless:
                 return 0
             done = 0
-            table, read = EntryTable(), list[bytes]()
+            table, read = bytearray(), list[bytes]()
             for pack_id in sorted(wanted):
                 try:
                     entries, limit = self.read_pack_entries(pack_id, wanted[pack_id])
-                    table.add_pack(entries, len(read), limit, pack_name(pack_id))
+                    table += pack_entries(entries, len(read), limit, pack_name(pack_id))
                 except FileNotFoundError:
                     continue  # its writer gave up since the listing
                 except RepositoryCorrupt as reason:
@@ -178,9 +188,9 @@ class Catalog:
                     continue
                 read.append(pack_id)
                 done += 1
-                if len(table) >= REBUILT_ENTRIES:
+                if len(table) >= REBUILT_BYTES:
                     self._add(table, read)
-                    table, read = EntryTable(), list[bytes]()
+                    table, read = bytearray(), list[bytes]()
             if read:
                 self._add(table, read)
             if done:
@@ -189,10 +199,10 @@ class Catalog:
                 self._fruitless = frozenset(wanted)
             return done
 
-    def _add(self, table: EntryTable, read: list[bytes]) -> None:
+    def _add(self, table: bytearray, read: list[bytes]) -> None:
         """Publish a rebuilt index. Where the storage cannot take it, it is used by this process alone."""
         index_id = secrets.token_bytes(PACK_ID)
-        parts = table.encode(self._header.keys.seal, self._header.id, index_id, read)
+        parts = encode_entries(table, self._header.keys.seal, self._header.id, index_id, read)
         name = index_name(index_id)
         try:
             self._storage.put_if_absent(name, parts)
@@ -200,7 +210,7 @@ class Catalog:
             log.warning("the rebuilt index is kept in memory only: %s", reason)
             file = IndexFile(spill_file(parts), self._header.keys.seal, self._header.id, name, index_id)
             # not in self._files: the next refresh that finds a change forgets it, and it is rebuilt when needed
-            self._set = IndexSet([*self._set.files, file])
+            self._set = IndexSet([*self._set.files, file], cache=self._cache)
             return
         self.refresh()
 
