@@ -246,8 +246,11 @@ cdef void seal_block(const uint8_t *key, const uint8_t *block, uint8_t *line) no
 cdef bytes encode_header(uint64_t count, bytes key, bytes repository, bytes index, list packs):
     """The first 64 bytes of an index of ``count`` entries."""
     cdef uint8_t head[64]
-    if len(key) != 32 or len(repository) != 16 or len(index) != 16 or any(len(pack) != PACK_ID for pack in packs):
+    if len(key) != 32 or len(repository) != 16 or len(index) != 16:
         raise ValueError("ids have 16 bytes, keys 32")
+    for pack in packs:
+        if len(pack) != PACK_ID:
+            raise ValueError("ids have 16 bytes")
     memset(head, 0, INDEX_HEADER)
     memcpy(head, <char *>MAGIC, 8)
     store_u16(head + 8, VERSION)

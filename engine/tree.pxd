@@ -29,6 +29,9 @@ cdef size_t node_encode(uint8_t *into, int level, const uint8_t *names, uint32_t
 # Puts the names of a node at `names`, `width` of them, missing ones as zeros. False if it is no such node.
 cdef bint node_decode(const uint8_t *data, size_t length, int level, uint8_t *names, uint32_t width) noexcept nogil
 
+# Takes apart a root record; `tree` is for messages.
+cdef int root_decode(bytes data, shape_t *shape, uint8_t *top, str tree) except -1
+
 
 cdef struct cached_t:
     int level
