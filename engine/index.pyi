@@ -66,8 +66,8 @@ class IndexFile:
     def pack_ids(self) -> list[bytes]:
         """The 16 byte ids of the packs this index covers."""
 
-    def parts(self) -> Iterator[bytes]:
-        """Iterate over the file's bytes, 1 MiB at a time. StorageError."""
+    def parts(self) -> Iterable[bytes]:
+        """The file's bytes, 1 MiB at a time: to be iterated any number of times. StorageError."""
 
     def check(self) -> None:
         """Read every block. RepositoryCorrupt if one is damaged, out of order or points to no pack."""

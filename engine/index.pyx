@@ -408,17 +408,8 @@ cdef class IndexFile:
         return [self.index.packs[number * PACK_ID:(number + 1) * PACK_ID] for number in range(self.index.pack_count)]
 
     def parts(self):
-        """Iterate over the file's bytes, 1 MiB at a time. StorageError."""
-        offset = 0
-        while True:
-            try:
-                part = os.pread(self.index.fd, 1 << 20, offset)
-            except OSError as reason:
-                raise StorageError(f"index {self.label}: {reason}") from reason
-            if not part:
-                return
-            yield part
-            offset += len(part)
+        """The file's bytes, 1 MiB at a time: to be iterated any number of times. StorageError."""
+        return _Parts(self)
 
     def check(self):
         """Read every block. RepositoryCorrupt if one is damaged, out of order or points to no pack."""
@@ -461,6 +452,26 @@ cdef class IndexFile:
                     raise RepositoryCorrupt(f"index {self.label}: block {block} holds an impossible entry")
                 last = own
             yield data, length
+
+
+class _Parts:
+    """An index file's bytes. Not a generator, so that an upload can begin anew."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __iter__(self):
+        cdef IndexFile file = self.file
+        offset = 0
+        while True:
+            try:
+                part = os.pread(file.index.fd, 1 << 20, offset)
+            except OSError as reason:
+                raise StorageError(f"index {file.label}: {reason}") from reason
+            if not part:
+                return
+            yield part
+            offset += len(part)
 
 
 # ---- the files together

@@ -1,6 +1,6 @@
-"""Slow, plain twins of index files and of liveness, written from docs/format.md; no code is shared with the engine's own.
+"""Slow, plain twins of index files and of liveness, written from docs/format.md.
 
-Nothing in the product imports this.
+They share no code with the engine's own; nothing in the product imports this.
 """
 
 from __future__ import annotations

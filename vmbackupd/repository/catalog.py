@@ -7,11 +7,12 @@ import os
 import secrets
 import tempfile
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from vmbackupd.engine import pack as packs
 from vmbackupd.engine.index import BlockCache, IndexFile, IndexSet, encode_entries, pack_entries
+from vmbackupd.engine.indexscan import merge_files
 from vmbackupd.engine.zstd import Codec
 from vmbackupd.errors import BackupError, RepositoryCorrupt, StorageError
 from vmbackupd.repository.header import Header
@@ -27,6 +28,10 @@ PACKS = "packs"
 PACK_ID = 16
 WRITER_ID = 12
 LARGEST_CONTENT = 8 * 2**20
+PIECE = 8 * 2**20  # bytes of an index that are fetched at once
+MOST_FILES = 8  # index files at which a merge leaves them as they are
+MOST_KEPT = 4  # of those that are merged, the largest that may stay
+MOST_LISTINGS = 20  # until two agree
 REBUILT_BYTES = 2**24  # bytes of the entries of a rebuilt index at which the next one is begun: bounds memory
 
 
@@ -64,6 +69,20 @@ def spill_file(parts: Iterable[Buffer] = ()) -> int:
         raise StorageError(f"temporary file in {directory or tempfile.gettempdir()}: {reason}") from reason
 
 
+def kept_files(counts: Sequence[int]) -> int:
+    """How many of the index files, largest first, of so many entries each, a merge leaves alone.
+
+    All if they are few enough. Else those of the first ``MOST_KEPT`` that hold at least twice as many entries as all
+    after them together, so that rewriting the rest costs little beside them.
+    """
+    if len(counts) <= MOST_FILES:
+        return len(counts)
+    kept = 0
+    while kept < MOST_KEPT and counts[kept] >= 2 * sum(counts[kept + 1 :]):
+        kept += 1
+    return kept
+
+
 class PackStorage:
     """Packs as the engine's reader asks for them."""
 
@@ -90,6 +109,9 @@ class Catalog:
         self._damaged: set[str] = set()
         self._cache = BlockCache()  # one for all sets: memory does not grow with the number of writers
         self._set = IndexSet(cache=self._cache)
+        self._merging = threading.Lock()
+        self._merger: threading.Thread | None = None
+        self._closing = threading.Event()
         self._fruitless: frozenset[bytes] = frozenset()
 
     @property
@@ -105,16 +127,18 @@ class Catalog:
     def refresh(self) -> IndexSet:
         """Open index files that are new, forget those that are gone."""
         with self._lock:
-            while True:
-                names = {info.name for info in self._storage.list(f"{INDEXES}/")}
-                try:
-                    files = self._open_new(names)
+            before = self._files.keys()
+            known = before | self._damaged
+            for _ in range(MOST_LISTINGS):
+                listed = {info.name for info in self._storage.list(f"{INDEXES}/")}
+                # A listing is no snapshot: it can miss both the file that replaces others and the others. So after a
+                # change two listings have to agree, or packs would seem uncovered.
+                if listed == known:
                     break
-                except FileNotFoundError:
-                    continue  # replaced by another host since the listing: list again, or its packs seem uncovered
-            if files.keys() != self._files.keys():
-                self._files = files
-                self._set = IndexSet((files[name] for name in sorted(files)), cache=self._cache)
+                self._files = self._open_new(listed)
+                known = self._files.keys() | self._damaged
+            if self._files.keys() != before:
+                self._set = IndexSet((self._files[name] for name in sorted(self._files)), cache=self._cache)
             return self._set
 
     def for_writer(self, present: Collection[bytes], condemned: Collection[bytes]) -> IndexSet:
@@ -132,6 +156,8 @@ class Catalog:
         for name in sorted(names - files.keys() - self._damaged):
             try:
                 files[name] = self._open(name)
+            except FileNotFoundError:
+                continue  # replaced by another host since the listing
             except RepositoryCorrupt as reason:
                 log.warning("%s: %s; its packs are searched instead", self._storage.place, reason)
                 self._damaged.add(name)
@@ -140,12 +166,22 @@ class Catalog:
     def _open(self, name: str) -> IndexFile:
         descriptor = self._storage.open(name)
         if descriptor is None:
-            descriptor = spill_file([self._storage.get(name)])
+            descriptor = spill_file(self._pieces(name))
         index_id = object_id(name)
         if index_id is None:
             os.close(descriptor)
             raise RepositoryCorrupt(f"{name} is no name of an index")
         return IndexFile(descriptor, self._header.keys.seal, self._header.id, name, index_id)
+
+    def _pieces(self, name: str) -> Iterator[bytes]:
+        """An object's bytes, without ever holding all of them."""
+        at = 0
+        while True:
+            piece = self._storage.get(name, at, PIECE)
+            yield piece
+            at += len(piece)
+            if len(piece) < PIECE:
+                return
 
     def covered(self, *, damaged: bool = True) -> set[bytes]:
         """The packs that index files tell of; without ``damaged`` only those whose entries can all be found, because no
@@ -157,47 +193,161 @@ class Catalog:
         found = ((object_id(info.name), info.size) for info in self._storage.list(f"{PACKS}/"))
         return {pack_id: size for pack_id, size in found if pack_id is not None}
 
-    def rebuild(self, unfinished: Iterable[bytes]) -> int:
-        """Make an index file of the packs that no index covers; how many there were.
+    # ---- fewer and smaller files
 
-        The packs must be listed before the writers at work are: the caller passes a function's result for
-        ``unfinished``, the 12 byte ids of writers whose packs do not count yet, as a lazy iterable that is read after.
+    def merge(self, stop: Callable[[], bool] | None = None) -> int:
+        """Replace index files by one that holds what they hold, if there are many; how many were replaced.
+
+        The large ones stay as long as the small ones are few beside them: each entry is written about as often as the
+        index doubles. Any number of hosts may do this at once. Waits for a merge that another thread is at. ``stop`` is
+        asked now and then: true ends it, and nothing was done.
+        """
+        with self._merging:
+            files = sorted(self.refresh().files, key=lambda file: file.count, reverse=True)
+            sound = [file for file in files if not file.damaged and file.label in self._files]
+            chosen = sound[kept_files([file.count for file in sound]) :]
+            return len(chosen) if len(chosen) > 1 and self._replace(chosen, frozenset(), stop) else 0
+
+    def merge_soon(self) -> None:
+        """``merge`` in a thread of its own, unless that is at work already. ``close`` ends it."""
+        with self._lock:
+            if len(self._set.files) <= MOST_FILES or (self._merger is not None and self._merger.is_alive()):
+                return
+            self._closing.clear()
+            self._merger = threading.Thread(target=self._merge_quietly, name="vmbackup-merge", daemon=True)
+            self._merger.start()
+
+    def _merge_quietly(self) -> None:
+        try:
+            self.merge(self._closing.is_set)
+        except BackupError as reason:  # nothing is lost: a later writer tries again
+            log.warning("%s: merging index files: %s", self._storage.place, reason)
+
+    def close(self) -> None:
+        """Stop the merge that is under way, if any. Safe to call twice; the catalog stays usable."""
+        with self._lock:
+            merger, self._merger = self._merger, None
+        self._closing.set()
+        if merger is not None:
+            merger.join()
+
+    def rewrite(self, without: Collection[bytes]) -> int:
+        """Replace the index files that tell of these packs (16 byte ids) by files that do not; how many.
+
+        A file with damaged blocks stays as it is (see ``rebuild``). RepositoryFull, StorageError: what was not replaced
+        yet stays.
+        """
+        with self._merging:
+            return sum(
+                self._replace([file], without, None)
+                for file in self.refresh().files
+                if file.label in self._files and not set(file.pack_ids()).isdisjoint(without)
+            )
+
+    def _replace(self, files: Sequence[IndexFile], without: Collection[bytes], stop: Callable[[], bool] | None) -> bool:
+        """Put a file with the entries of ``files`` beside them, then remove them; False if that was not done."""
+        # listed after the files were opened: what they tell of and is not there now is gone for good
+        present = self.list_packs().keys()
+        try:
+            merged = self._merged(files, lambda pack_id: pack_id in present and pack_id not in without, stop)
+        except RepositoryCorrupt as reason:
+            log.warning("%s: %s; it stays as it is", self._storage.place, reason)
+            return False
+        if merged is None:
+            return False
+        if merged.pack_ids():
+            self._storage.put_if_absent(merged.label, merged.parts())
+            self.refresh()
+            if merged.label not in self._files:
+                raise StorageError(f"{self._storage.place}: {merged.label} is not there though it was written")
+        for file in files:
+            self._storage.delete(file.label)
+        self.refresh()
+        return True
+
+    def _merged(
+        self, files: Sequence[IndexFile], keep: Callable[[bytes], bool], stop: Callable[[], bool] | None
+    ) -> IndexFile | None:
+        """A temporary file with the entries of ``files``; None if stopped."""
+        index_id, keys = secrets.token_bytes(PACK_ID), self._header.keys
+        repository = self._header.id
+        descriptor = spill_file()
+        try:
+            done = merge_files(
+                files, descriptor, key=keys.seal, repository=repository, index=index_id, keep=keep, stop=stop
+            )
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if done is None:
+            os.close(descriptor)
+            return None
+        return IndexFile(descriptor, keys.seal, repository, index_name(index_id), index_id)
+
+    # ---- making them again
+
+    def rebuild(self, unfinished: Iterable[bytes], condemned: Iterable[bytes] = ()) -> int:
+        """Make an index file of the packs that no sound index covers; how many there were.
+
+        The order of looking matters, so both are lazy iterables: ``unfinished``, the 12 byte ids of writers whose packs
+        do not count yet, is read after the packs were listed; ``condemned``, the ids of packs that are to be left out,
+        after the indexes were. Index files that are damaged go when others tell all that they could.
         """
         with self._lock:
             present = self.list_packs()
             waiting = set(unfinished)
             self.refresh()
-            covered = self.covered(damaged=False)
-            wanted = {
-                pack_id: size
-                for pack_id, size in present.items()
-                if pack_id not in covered and pack_id[:WRITER_ID] not in waiting
-            }
-            if not wanted or frozenset(wanted) == self._fruitless:
-                return 0
-            done = 0
-            table, read = bytearray(), list[bytes]()
-            for pack_id in sorted(wanted):
-                try:
-                    entries, limit = self.read_pack_entries(pack_id, wanted[pack_id])
-                    table += pack_entries(entries, len(read), limit, pack_name(pack_id))
-                except FileNotFoundError:
-                    continue  # its writer gave up since the listing
-                except RepositoryCorrupt as reason:
-                    log.warning("%s: %s", self._storage.place, reason)
-                    continue
-                read.append(pack_id)
-                done += 1
-                if len(table) >= REBUILT_BYTES:
-                    self._add(table, read)
-                    table, read = bytearray(), list[bytes]()
-            if read:
-                self._add(table, read)
-            if done:
-                log.warning("%s: made an index of %d packs that none covered", self._storage.place, done)
-            else:
-                self._fruitless = frozenset(wanted)
+            for pack_id in condemned:
+                present.pop(pack_id, None)
+            done = self._rebuild(present, waiting)
+            self._remove_damaged(present)
             return done
+
+    def _rebuild(self, present: dict[bytes, int], waiting: set[bytes]) -> int:
+        covered = self.covered(damaged=False)
+        wanted = {
+            pack_id: size
+            for pack_id, size in present.items()
+            if pack_id not in covered and pack_id[:WRITER_ID] not in waiting
+        }
+        if not wanted or frozenset(wanted) == self._fruitless:
+            return 0
+        done = 0
+        table, read = bytearray(), list[bytes]()
+        for pack_id in sorted(wanted):
+            try:
+                entries, limit = self.read_pack_entries(pack_id, wanted[pack_id])
+                table += pack_entries(entries, len(read), limit, pack_name(pack_id))
+            except FileNotFoundError:
+                continue  # its writer gave up since the listing
+            except RepositoryCorrupt as reason:
+                log.warning("%s: %s", self._storage.place, reason)
+                continue
+            read.append(pack_id)
+            done += 1
+            if len(table) >= REBUILT_BYTES:
+                self._add(table, read)
+                table, read = bytearray(), list[bytes]()
+        if read:
+            self._add(table, read)
+        if done:
+            log.warning("%s: made an index of %d packs that none covered", self._storage.place, done)
+        else:
+            self._fruitless = frozenset(wanted)
+        return done
+
+    def _remove_damaged(self, present: Collection[bytes]) -> None:
+        """Remove damaged index files if every pack is covered by a sound one: what they tell is known then."""
+        damaged = self._damaged | {file.label for file in self._set.files if file.damaged and file.label in self._files}
+        if not damaged or not self.covered(damaged=False).issuperset(present):
+            return
+        try:
+            for name in damaged:
+                self._storage.delete(name)
+                log.warning("%s: removed %s, which is damaged; all of it is known", self._storage.place, name)
+            self.refresh()
+        except BackupError as reason:  # it does no harm
+            log.warning("%s: removing a damaged index: %s", self._storage.place, reason)
 
     def _add(self, table: bytearray, read: list[bytes]) -> None:
         """Publish a rebuilt index. Where the storage cannot take it, it is used by this process alone."""

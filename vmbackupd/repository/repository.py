@@ -97,6 +97,7 @@ class Repository:
         """Give up descriptors; images that are open keep theirs."""
         with self._lock:
             reader, self._reader = self._reader, None
+        self.catalog.close()
         if reader is not None:
             reader.close()
         self.storage.close()

@@ -151,6 +151,7 @@ class RepositoryWriter:
         except BackupError as reason:  # the backup stands: the session is cleaned up by the next writer
             log.warning("session of writer %s: %s", self.id.hex(), reason)
         self.repository.catalog.refresh()
+        self.repository.catalog.merge_soon()
 
     def abort(self) -> None:
         """End the writer; remove its packs unless they could be in use. Safe to call at any time, also twice."""
@@ -160,7 +161,7 @@ class RepositoryWriter:
         self._store.close()
         self._reader.close()
         try:
-            if any(self._storage.stat(name) is not None for name in self._indexes):
+            if self._indexes and self._is_covered():
                 # Others may have found our chunks in it and rely on them: complete garbage is harmless.
                 log.warning("writer %s gave up after its index was visible: its packs stay", self.id.hex())
             else:
@@ -170,6 +171,12 @@ class RepositoryWriter:
         except BackupError as reason:  # never hides why the writer gave up; the next writer cleans up
             log.warning("removing the packs of writer %s: %s", self.id.hex(), reason)
             self._drop_claim()
+
+    def _is_covered(self) -> bool:
+        """Does an index tell of our packs? Not by name: ours may have been merged into another and removed."""
+        catalog = self.repository.catalog
+        catalog.refresh()
+        return bool(catalog.damaged) or not catalog.covered().isdisjoint(self._packs)
 
     def _put_pack(self, pack_id: bytes, parts: list[Buffer]) -> None:
         with self._lock:
