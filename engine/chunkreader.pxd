@@ -29,6 +29,7 @@ cdef enum:
     TRUNCATED = 4
     BAD_RECORD = 5
     BAD_CONTENT = 6
+    BAD_SEAL = 7              # encrypted, and not what was encrypted for this place
 
 
 cdef class ChunkReader:                    # any number of threads at once
@@ -38,7 +39,9 @@ cdef class ChunkReader:                    # any number of threads at once
     cdef object recover                    # called with a name and the index that did not lead to it: a new IndexSet, or None
     cdef object kept                       # earlier indexes: a thread may be searching one still
     cdef object last_error
-    cdef uint8_t *keys                     # chunk and node key
+    cdef object local                      # of each thread that asks for records
+    cdef uint8_t *keys                     # chunk, node and content key
+    cdef readonly bint encrypted
     cdef readonly size_t largest
     cdef pack_file_t files[64]             # OPEN_PACKS
     cdef uint64_t clock
@@ -52,8 +55,11 @@ cdef class ChunkReader:                    # any number of threads at once
         self, Codec codec, const uint8_t *name, int kind, uint8_t *into, size_t capacity, uint32_t *length,
         uint8_t *pack_id
     ) except -1 nogil
-    cdef int _open_record(
-        self, Codec codec, const uint8_t *name, int kind, const Entry *entry, uint8_t *into, size_t capacity
+    # A record (header and entry.stored bytes) of pack `pack_id`: FINE, and its content (entry.raw bytes) at `into`, or
+    # what is wrong with it. `record` may be codec.room; where it is not, it stays as it is and codec.room is used.
+    cdef int open_record(
+        self, Codec codec, const uint8_t *pack_id, const uint8_t *record, const uint8_t *name, int kind,
+        const Entry *entry, uint8_t *into, size_t capacity
     ) noexcept nogil
     cdef int _fetch(
         self, Codec codec, const uint8_t *pack_id, const Entry *entry

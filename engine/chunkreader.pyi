@@ -15,6 +15,7 @@ class ChunkReader:
     """Chunks by name. Any number of threads at once."""
 
     largest: int
+    encrypted: bool
 
     def __init__(
         self,
@@ -26,10 +27,12 @@ class ChunkReader:
         recover: Callable[[bytes, IndexSet], IndexSet | None] | None = None,
         session: ChunkStore | None = None,
         largest: int = 65536,
+        content_key: bytes | None = None,
     ) -> None:
         """``storage`` has ``open_pack(pack_id)``, a descriptor of our own or None where there are no files, and
         ``read_pack(pack_id, offset, length)``. ``largest``: bytes of the longest content. ``recover(name, index)`` is
-        asked once for every chunk that cannot be read: a new set of index files to search, or None.
+        asked once for every chunk that cannot be read: a new set of index files to search, or None. ``content_key``:
+        that of an encrypted repository.
         """
 
     def close(self) -> None:
@@ -43,6 +46,12 @@ class ChunkReader:
 
     def replace_index(self, index: IndexSet) -> None:
         """Search these files from now on."""
+
+    def record(self, name: bytes, kind: int) -> tuple[int, int, bytes]:
+        """(compression, bytes of the content, payload) of a chunk, checked as ``content`` does.
+
+        The payload is decrypted, and compressed if ``compression`` is 1: what ``ChunkStore.copy_record`` takes.
+        """
 
     def content(self, name: bytes, kind: int) -> bytes:
         """The content of a chunk of this kind (1 chunk, 2 node, 3 root), for what is read once.

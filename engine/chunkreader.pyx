@@ -6,18 +6,21 @@ fails; where no index leads to it, ``recover`` may look for it in the packs them
 """
 
 import os
+import threading
 
+from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy
 from posix.unistd cimport close, pread
 
+from vmbackupd.engine.aead cimport AEAD_KEY, AEAD_TAG
 from vmbackupd.engine.blake3 cimport keyed_hash
 from vmbackupd.engine.chunkstore cimport ChunkStore
 from vmbackupd.engine.index cimport IndexSet
-from vmbackupd.engine.layout cimport KIND_CHUNK, MAX_RAW, NAME, PACK_ID, RECORD_HEADER, STORED_RAW, Entry
-from vmbackupd.engine.pack cimport record_open
+from vmbackupd.engine.layout cimport KIND_CHUNK, MAX_RAW, NAME, PACK_ID, RECORD_HEADER, STORED_RAW, Entry, load_u32
+from vmbackupd.engine.pack cimport record_decrypt, record_open
 from vmbackupd.engine.threads cimport (
     pthread_mutex_destroy,
     pthread_mutex_init,
@@ -35,6 +38,7 @@ REASONS = {
     TRUNCATED: "the pack is truncated",
     BAD_RECORD: "the pack holds something else where it should be",
     BAD_CONTENT: "its content does not match its name",
+    BAD_SEAL: "it was changed, or encrypted for another place",
 }
 
 
@@ -51,26 +55,34 @@ cdef class ChunkReader:
         object recover=None,
         ChunkStore session=None,
         size_t largest=65536,
+        bytes content_key=None,
     ):
         """``storage`` has ``open_pack(pack_id)``, a descriptor of our own or None where there are no files, and
-        ``read_pack(pack_id, offset, length)``. ``largest``: bytes of the longest content.
+        ``read_pack(pack_id, offset, length)``. ``largest``: bytes of the longest content. ``content_key``: that of an
+        encrypted repository.
         """
         cdef int i
         if not len(chunk_key) == len(node_key) == 32 or not 0 < largest <= MAX_RAW:
             raise ValueError("keys have 32 bytes, contents at most 8 MiB")
+        if content_key is not None and len(content_key) != AEAD_KEY:
+            raise ValueError("keys have 32 bytes")
         pthread_mutex_init(&self.lock, NULL)
         for i in range(OPEN_PACKS):
             self.files[i].fd = -1
-        self.keys = <uint8_t *>malloc(64)
+        self.keys = <uint8_t *>calloc(3, 32)
         if self.keys == NULL:
             raise MemoryError
         memcpy(self.keys, <char *>chunk_key, 32)
         memcpy(self.keys + 32, <char *>node_key, 32)
+        if content_key is not None:
+            memcpy(self.keys + 64, <char *>content_key, 32)
+            self.encrypted = True
         self.index = index
         self.session = session
         self.storage = storage
         self.recover = recover
         self.kept = []
+        self.local = threading.local()
         self.largest = largest
 
     def __dealloc__(self):
@@ -94,8 +106,8 @@ cdef class ChunkReader:
 
     def codec(self):
         """What a thread needs to read chunks."""
-        # room for a record as it is stored: header and payload
-        return Codec(1, self.largest + RECORD_HEADER)
+        # room for a record as it is stored: header, payload and tag
+        return Codec(1, self.largest + RECORD_HEADER + AEAD_TAG)
 
     def searches(self, index):
         """Is this the set of files that is searched?"""
@@ -131,7 +143,7 @@ cdef class ChunkReader:
             if found:
                 problem = FINE if found == 2 else self._fetch(codec, pack_id, &entry)
                 if problem == FINE:
-                    problem = self._open_record(codec, name, kind, &entry, into, capacity)
+                    problem = self.open_record(codec, pack_id, codec.room, name, kind, &entry, into, capacity)
                 if problem == FINE:
                     length[0] = entry.raw
                     return FINE
@@ -142,24 +154,35 @@ cdef class ChunkReader:
             memcpy(pack_id, self.index.pack_id(<size_t>which, entry.pack), PACK_ID)
             problem = self._fetch(codec, pack_id, &entry)
             if problem == FINE:
-                problem = self._open_record(codec, name, kind, &entry, into, capacity)
+                problem = self.open_record(codec, pack_id, codec.room, name, kind, &entry, into, capacity)
             if problem == FINE:
                 length[0] = entry.raw
                 return FINE
 
-    # The record in codec.room, checked and taken apart.
-    cdef int _open_record(
-        self, Codec codec, const uint8_t *name, int kind, const Entry *entry, uint8_t *into, size_t capacity
+    cdef int open_record(
+        self, Codec codec, const uint8_t *pack_id, const uint8_t *record, const uint8_t *name, int kind,
+        const Entry *entry, uint8_t *into, size_t capacity
     ) noexcept nogil:
         cdef uint8_t tag[32]
         cdef const uint8_t *key = self.keys if kind == KIND_CHUNK else self.keys + 32
-        cdef int compression = record_open(codec.room, name, entry)
-        if compression < 0 or entry.raw > capacity:
+        cdef const uint8_t *payload = record + RECORD_HEADER
+        cdef uint8_t *opened = codec.room + RECORD_HEADER
+        cdef uint32_t stored = entry.stored
+        cdef int compression = record_open(record, name, entry, self.encrypted)
+        if compression < 0 or entry.raw > capacity or RECORD_HEADER + <size_t>stored > codec.capacity:
             return BAD_RECORD
-        if compression == STORED_RAW:
-            memcpy(into, codec.room + RECORD_HEADER, entry.raw)
-        elif not codec.unpack(codec.room + RECORD_HEADER, entry.stored, into, entry.raw):
-            return BAD_CONTENT
+        if self.encrypted:
+            if compression == STORED_RAW:
+                opened = into
+            if not record_decrypt(codec.aead, record, entry, self.keys + 64, pack_id, opened):
+                return BAD_SEAL
+            payload = opened
+            stored -= AEAD_TAG
+        if compression != STORED_RAW:
+            if not codec.unpack(payload, stored, into, entry.raw):
+                return BAD_CONTENT
+        elif payload != into:
+            memcpy(into, payload, entry.raw)
         keyed_hash(key, into, entry.raw, tag)
         return FINE if memcmp(tag, name, NAME) == 0 else BAD_CONTENT
 
@@ -276,6 +299,30 @@ cdef class ChunkReader:
             if problem == UNREADABLE:
                 raise StorageError(f"{what}: {self.last_error}") from self.last_error
             raise RepositoryCorrupt(f"{what}: {REASONS[problem]}")
+
+    def record(self, bytes name not None, int kind):
+        """(compression, bytes of the content, payload) of a chunk, checked as ``content`` does.
+
+        The payload is decrypted, and compressed if ``compression`` is 1: what ``ChunkStore.copy_record`` takes.
+        """
+        cdef bytearray out = bytearray(self.largest)
+        cdef uint8_t *into = <uint8_t *><char *>out
+        cdef const uint8_t *start = <const uint8_t *><char *>name
+        cdef uint32_t length = 0
+        cdef uint32_t stored
+        cdef Codec codec = getattr(self.local, "codec", None)
+        if codec is None:
+            codec = self.codec()
+            self.local.codec = codec
+        if len(name) != NAME:
+            raise ValueError(f"a name has {NAME} bytes, not {len(name)}")
+        with nogil:
+            self.read(codec, start, kind, into, self.largest, &length)
+        # the record that was read is in codec.room still
+        if codec.room[40] == STORED_RAW:
+            return STORED_RAW, length, bytes(out[:length])
+        stored = load_u32(codec.room + 32) - (AEAD_TAG if self.encrypted else 0)
+        return codec.room[40], length, PyBytes_FromStringAndSize(<char *>codec.room + RECORD_HEADER, stored)
 
     def content(self, bytes name not None, int kind):
         """The content of a chunk of this kind (1 chunk, 2 node, 3 root), for what is read once."""

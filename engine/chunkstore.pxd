@@ -45,9 +45,11 @@ cdef class ChunkStore:
     cdef object put_pack
     cdef object spill_file
     cdef object threads
+    cdef object local                     # of each thread that copies records
     cdef object error
     cdef bytes chunk_key, node_key, seal_key, repository, writer
-    cdef uint8_t *keys                    # chunk, node, seal key (32 bytes each), repository (16), writer (12)
+    cdef uint8_t *keys                    # chunk, node, seal, content key (32 bytes each), repository (16), writer (12)
+    cdef readonly int cipher              # of the packs; 0: none
     cdef readonly size_t pack_size
     cdef readonly int level
     cdef readonly size_t largest          # bytes of the longest content
@@ -73,10 +75,14 @@ cdef class ChunkStore:
     cdef int keep(
         self, Codec codec, const uint8_t *data, size_t length, int kind, uint8_t *name, uint32_t *added
     ) noexcept nogil
+    # Notes in the table that this content is to be stored: 1, 0 where this writer has it already, -1 failed. Whoever
+    # gets 1 must place it.
+    cdef int _announce(self, const uint8_t *name, Entry *entry) noexcept nogil
     cdef int _place(
-        self, const uint8_t *name, Entry *entry, int compression, const uint8_t *payload
+        self, Codec codec, const uint8_t *name, Entry *entry, int compression, const uint8_t *payload
     ) noexcept nogil
     cdef pack_t *_room(self, size_t stored) noexcept nogil
+    cdef Codec copier(self)
     cdef void submit(self, job_t *job) noexcept nogil
     cdef void await_job(self, job_t *job) noexcept nogil
     cdef void _work(self, Codec codec) noexcept nogil

@@ -18,11 +18,14 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
+from vmbackupd.engine.aead cimport AEAD_KEY, AEAD_TAG, CHACHA20_POLY1305, NO_CIPHER, preferred_cipher
 from vmbackupd.engine.blake3 cimport keyed_hash
 from vmbackupd.engine.index cimport EntryTable, IndexFile, IndexSet
 from vmbackupd.engine.layout cimport (
     KIND_CHUNK,
+    KIND_ROOT,
     MAX_RAW,
+    NAME,
     PACK_ID,
     RECORD_HEADER,
     STORED_RAW,
@@ -80,26 +83,36 @@ cdef class ChunkStore:
         size_t largest=65536,
         size_t pack_size=16 << 20,
         uint32_t segment_entries=1 << 19,
+        bytes content_key=None,
+        int cipher=NO_CIPHER,
     ):
         """
         ``index``: what is known already. Keys have 32 bytes, ``repository`` 16, ``writer`` (the first part of every
         pack id) 12. ``put_pack(pack_id, parts)`` makes a pack durable and is called from this object's threads;
         ``spill_file(parts)`` writes to a temporary file and returns its descriptor. ``largest``: bytes of the longest
-        content; ``pack_size``: bytes at which a pack is closed.
+        content; ``pack_size``: bytes at which a pack is closed. ``content_key``: that of an encrypted repository, and
+        ``cipher`` the id of the cipher to write with, 0 for the one that is faster here.
         """
         cdef int i
         if not len(chunk_key) == len(node_key) == len(seal_key) == 32 or len(repository) != 16 or len(writer) != 12:
             raise ValueError("keys have 32 bytes, the repository's id 16, a writer's 12")
         if not 0 < largest <= MAX_RAW or not largest + 4096 <= pack_size <= 1 << 30 or workers < 1 or segment_entries < 1:
             raise ValueError("sizes out of range")
-        self.keys = <uint8_t *>calloc(4, 32)
+        if not NO_CIPHER <= cipher <= CHACHA20_POLY1305:
+            raise ValueError(f"there is no cipher {cipher}")
+        if content_key is not None and len(content_key) != AEAD_KEY:
+            raise ValueError("keys have 32 bytes")
+        self.keys = <uint8_t *>calloc(5, 32)
         if self.keys == NULL:
             raise MemoryError
         memcpy(self.keys, <char *>chunk_key, 32)
         memcpy(self.keys + 32, <char *>node_key, 32)
         memcpy(self.keys + 64, <char *>seal_key, 32)
-        memcpy(self.keys + 96, <char *>repository, 16)
-        memcpy(self.keys + 112, <char *>writer, 12)
+        if content_key is not None:
+            memcpy(self.keys + 96, <char *>content_key, 32)
+            self.cipher = cipher or preferred_cipher()
+        memcpy(self.keys + 128, <char *>repository, 16)
+        memcpy(self.keys + 144, <char *>writer, 12)
         self.chunk_key, self.node_key, self.seal_key = chunk_key, node_key, seal_key
         self.repository, self.writer = repository, writer
         self.index = index
@@ -122,6 +135,7 @@ cdef class ChunkStore:
             if pack_init(&self.buffers[i], pack_size) < 0:
                 raise MemoryError
         self.threads = []
+        self.local = threading.local()
 
     def __dealloc__(self):
         cdef int i
@@ -154,7 +168,7 @@ cdef class ChunkStore:
         cdef Entry entry
         cdef Py_ssize_t made
         cdef const uint8_t *payload = data
-        cdef int known
+        cdef int wanted
         added[0] = 0
         keyed_hash(self.keys if kind == KIND_CHUNK else self.keys + 32, data, length, name)
         if self.index.find(name, 0, &entry) >= 0:
@@ -162,6 +176,25 @@ cdef class ChunkStore:
         memset(&entry, 0, sizeof(entry))
         entry.raw = <uint32_t>length
         entry.kind = <uint8_t>kind
+        # in the table before it is compressed, so that nobody compresses the same content meanwhile
+        wanted = self._announce(name, &entry)
+        if wanted <= 0:
+            return wanted
+        made = codec.pack(data, length)
+        if made < 0:
+            self._set_failed(NO_MEMORY)
+            return -1
+        if made:
+            payload = codec.room
+        entry.stored = <uint32_t>(made if made else length)
+        added[0] = RECORD_HEADER + entry.stored
+        if self.cipher:
+            added[0] += AEAD_TAG
+        return self._place(codec, name, &entry, STORED_ZSTD if made else STORED_RAW, payload)
+
+    cdef int _announce(self, const uint8_t *name, Entry *entry) noexcept nogil:
+        cdef Entry there
+        cdef int made
         pthread_mutex_lock(&self.lock)
         while not self.failed and (self.spilling or self.table.count >= self.segment_entries):
             if not self.spilling:
@@ -171,35 +204,27 @@ cdef class ChunkStore:
         if self.failed:
             pthread_mutex_unlock(&self.lock)
             return -1
-        known = 0
-        if self.segments.length and self.segments.find(name, 0, &entry) >= 0:
-            known = 1
+        if self.segments.length and self.segments.find(name, 0, &there) >= 0:
+            made = 0
         else:
-            # in the table before it is compressed, so that nobody compresses the same content meanwhile
-            known = self.table.add(name, &entry)
-            if known < 0:
+            made = self.table.add(name, entry)
+            if made < 0:
                 pthread_mutex_unlock(&self.lock)
                 self._set_failed(NO_MEMORY)
                 return -1
-            if known:
+            if made:
                 self.unplaced = self.unplaced + 1
-            known = not known
         pthread_mutex_unlock(&self.lock)
-        if known:
-            return 0
-        made = codec.pack(data, length)
-        if made < 0:
-            self._set_failed(NO_MEMORY)
-            return -1
-        if made:
-            payload = codec.room
-        entry.stored = <uint32_t>(made if made else length)
-        added[0] = RECORD_HEADER + entry.stored
-        return self._place(name, &entry, STORED_ZSTD if made else STORED_RAW, payload)
+        return made
 
-    # Finds the place in a pack and copies the record there.
-    cdef int _place(self, const uint8_t *name, Entry *entry, int compression, const uint8_t *payload) noexcept nogil:
+    # Finds the place in a pack and puts the record there; entry.stored is the payload's length.
+    cdef int _place(
+        self, Codec codec, const uint8_t *name, Entry *entry, int compression, const uint8_t *payload
+    ) noexcept nogil:
         cdef pack_t *pack
+        cdef int failed
+        if self.cipher:
+            entry.stored += AEAD_TAG
         pthread_mutex_lock(&self.lock)
         pack = self._room(entry.stored)
         if pack == NULL or pack_reserve(pack, name, entry) < 0:
@@ -215,14 +240,51 @@ cdef class ChunkStore:
             pthread_cond_broadcast(&self.changed)
         pthread_mutex_unlock(&self.lock)
 
-        pack_write(pack, name, entry, compression, payload)
+        failed = pack_write(pack, codec.aead, name, entry, compression, payload)
+        if failed:
+            self._set_failed(NO_MEMORY)
 
         pthread_mutex_lock(&self.lock)
         pack.pending -= 1
         if pack.pending == 0 and (self.watchers or pack.state == PACK_FULL):
             pthread_cond_broadcast(&self.changed)
         pthread_mutex_unlock(&self.lock)
-        return 0
+        return failed
+
+    def copy_record(self, bytes name not None, int kind, uint32_t raw, int compression, const uint8_t[::1] payload not None):
+        """Store a record that another pack holds, as ``ChunkReader.record`` gave it. Was it new to this writer?"""
+        cdef Entry entry
+        cdef int result
+        cdef Codec codec = self.copier()
+        cdef const uint8_t *start = <const uint8_t *><char *>name
+        cdef const uint8_t *content
+        if (
+            len(name) != NAME or not KIND_CHUNK <= kind <= KIND_ROOT or not 0 < raw <= self.largest
+            or not 0 < payload.shape[0] <= raw or compression not in (STORED_RAW, STORED_ZSTD)
+            or (compression == STORED_RAW and payload.shape[0] != raw)
+        ):
+            raise ValueError(f"no record: {len(name)}, {kind}, {raw}, {compression}, {payload.shape[0]}")
+        content = &payload[0]
+        memset(&entry, 0, sizeof(entry))
+        entry.raw = raw
+        entry.kind = <uint8_t>kind
+        with nogil:
+            result = self._announce(start, &entry)
+            if result > 0:
+                entry.stored = <uint32_t>payload.shape[0]
+                if self._place(codec, start, &entry, compression, content) < 0:
+                    result = -1
+        if result < 0:
+            raise_copy(self.error)
+        return bool(result)
+
+    # What the calling thread encrypts with when it copies records.
+    cdef Codec copier(self):
+        cdef Codec codec = getattr(self.local, "codec", None)
+        if codec is None:
+            codec = Codec(self.level, 1)
+            self.local.codec = codec
+        return codec
 
     # The open pack, with room for `stored` bytes; NULL when the store has failed. Called with the lock held.
     cdef pack_t *_room(self, size_t stored) noexcept nogil:
@@ -239,7 +301,9 @@ cdef class ChunkStore:
                 if self.buffers[i].state == PACK_FREE:
                     self.open = &self.buffers[i]
                     self.pack_id(self.packs, pack_id)
-                    pack_start(self.open, self.packs, <const uint8_t *>self.keys + 96, pack_id)
+                    pack_start(
+                        self.open, self.packs, <const uint8_t *>self.keys + 128, pack_id, self.cipher, self.keys + 96
+                    )
                     self.packs = self.packs + 1
                     break
             else:
@@ -247,7 +311,7 @@ cdef class ChunkStore:
         return NULL
 
     cdef void pack_id(self, uint32_t number, uint8_t *into) noexcept nogil:
-        memcpy(into, self.keys + 112, 12)
+        memcpy(into, self.keys + 144, 12)
         store_u32(into + 12, number)
 
     # ---- workers

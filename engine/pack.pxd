@@ -3,6 +3,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
+from vmbackupd.engine.aead cimport Aead
 from vmbackupd.engine.layout cimport Entry
 
 
@@ -17,6 +18,8 @@ cdef struct pack_t:
     size_t capacity
     uint8_t *data
     uint8_t *entries         # wire form, in order of the records
+    int cipher               # of every record; 0: none
+    uint8_t key[32]          # the pack's own
 
 cdef enum:
     PACK_FREE = 0
@@ -26,18 +29,27 @@ cdef enum:
 
 cdef int pack_init(pack_t *pack, size_t capacity) noexcept nogil             # -1: out of memory
 cdef void pack_free(pack_t *pack) noexcept nogil
+# `content_key` is not used where cipher is 0
 cdef void pack_start(
-    pack_t *pack, uint32_t number, const uint8_t *repository, const uint8_t *pack_id
+    pack_t *pack, uint32_t number, const uint8_t *repository, const uint8_t *pack_id, int cipher,
+    const uint8_t *content_key
 ) noexcept nogil
 cdef bint pack_fits(const pack_t *pack, size_t stored) noexcept nogil
-# Takes the place for a record and notes its entry: 0, or -1 out of memory. entry.offset is set; the caller then copies
-# header and payload with pack_write(), which may run beside other appends.
+# Takes the place for a record and notes its entry: 0, or -1 out of memory. entry.stored counts the tag where the pack
+# has a cipher. entry.offset is set; the caller then puts header and payload there with pack_write(), which may run
+# beside other appends: 0, or -1 when `aead` fails. The payload is entry.stored bytes, less the tag.
 cdef int pack_reserve(pack_t *pack, const uint8_t *name, Entry *entry) noexcept nogil
-cdef void pack_write(
-    pack_t *pack, const uint8_t *name, const Entry *entry, int compression, const uint8_t *payload
+cdef int pack_write(
+    pack_t *pack, Aead aead, const uint8_t *name, const Entry *entry, int compression, const uint8_t *payload
 ) noexcept nogil
 # Own index and trailer of a pack that is complete.
 cdef bytes pack_tail(pack_t *pack, const uint8_t *key, const uint8_t *pack_id)
-# Checks a record as it was read (header and payload) against its entry and takes it apart: offset of the payload and its
-# compression, or -1.
-cdef int record_open(const uint8_t *record, const uint8_t *name, const Entry *entry) noexcept nogil
+# Checks the header of a record as it was read against its entry: its compression, or -1. `encrypted` says whether a
+# record of this repository has a cipher.
+cdef int record_open(const uint8_t *record, const uint8_t *name, const Entry *entry, bint encrypted) noexcept nogil
+# The payload of an encrypted record (header and entry.stored bytes) that record_open() found fine, decrypted to `into`
+# (entry.stored bytes less the tag; may be where the payload is). False: it is not what was stored there.
+cdef bint record_decrypt(
+    Aead aead, const uint8_t *record, const Entry *entry, const uint8_t *content_key, const uint8_t *pack_id,
+    uint8_t *into
+) noexcept nogil

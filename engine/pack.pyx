@@ -6,6 +6,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
 
+from vmbackupd.engine.aead cimport AEAD_KEY, AEAD_TAG, AES_256_GCM, CHACHA20_POLY1305, Aead
 from vmbackupd.engine.blake3 cimport keyed_hash
 from vmbackupd.engine.cursor cimport (
     Cursor,
@@ -20,7 +21,6 @@ from vmbackupd.engine.cursor cimport (
 from vmbackupd.engine.layout cimport (
     ENTRY,
     KIND_CHUNK,
-
     KIND_ROOT,
     MAX_RAW,
     NAME,
@@ -71,7 +71,10 @@ cdef void pack_free(pack_t *pack) noexcept nogil:
     pack.entries = NULL
 
 
-cdef void pack_start(pack_t *pack, uint32_t number, const uint8_t *repository, const uint8_t *pack_id) noexcept nogil:
+cdef void pack_start(
+    pack_t *pack, uint32_t number, const uint8_t *repository, const uint8_t *pack_id, int cipher,
+    const uint8_t *content_key
+) noexcept nogil:
     pack.state = PACK_OPEN
     pack.pending = 0
     pack.number = number
@@ -80,6 +83,10 @@ cdef void pack_start(pack_t *pack, uint32_t number, const uint8_t *repository, c
     memset(pack.data, 0, PACK_HEADER)
     memcpy(pack.data, b"VMBKPACK", 8)
     store_u16(pack.data + 8, VERSION)
+    pack.data[10] = <uint8_t>cipher
+    pack.cipher = cipher
+    if cipher:
+        keyed_hash(content_key, pack_id, PACK_ID, pack.key)
     memcpy(pack.data + 16, repository, 16)
     memcpy(pack.data + 32, pack_id, PACK_ID)
 
@@ -108,16 +115,32 @@ cdef int pack_reserve(pack_t *pack, const uint8_t *name, Entry *entry) noexcept 
     return 0
 
 
-cdef void pack_write(
-    pack_t *pack, const uint8_t *name, const Entry *entry, int compression, const uint8_t *payload
+# A record's nonce. The offset alone makes it unique: a pack's key encrypts each place once. The name is there for the
+# case that must not happen, a writer that runs twice from one state (a host set back to a snapshot while it writes):
+# then two contents at one place still have different nonces.
+cdef inline void _nonce(uint8_t *into, uint32_t offset, const uint8_t *name) noexcept nogil:
+    store_u32(into, offset)
+    memcpy(into + 4, name, 8)
+
+
+cdef int pack_write(
+    pack_t *pack, Aead aead, const uint8_t *name, const Entry *entry, int compression, const uint8_t *payload
 ) noexcept nogil:
     cdef uint8_t *at = pack.data + entry.offset
+    cdef uint8_t nonce[12]
     memset(at, 0, RECORD_HEADER)
     memcpy(at, name, NAME)
     store_u32(at + 32, entry.stored)
     store_u32(at + 36, entry.raw | (<uint32_t>entry.kind << 24))
     at[40] = <uint8_t>compression
-    memcpy(at + RECORD_HEADER, payload, entry.stored)
+    if not pack.cipher:
+        memcpy(at + RECORD_HEADER, payload, entry.stored)
+        return 0
+    at[41] = <uint8_t>pack.cipher
+    _nonce(nonce, entry.offset, name)
+    return aead.seal(
+        pack.cipher, pack.key, nonce, at, RECORD_HEADER, payload, entry.stored - AEAD_TAG, at + RECORD_HEADER
+    )
 
 
 cdef bytes pack_tail(pack_t *pack, const uint8_t *key, const uint8_t *pack_id):
@@ -137,27 +160,45 @@ cdef bytes pack_tail(pack_t *pack, const uint8_t *key, const uint8_t *pack_id):
 
 # ---- reading
 
-cdef int record_open(const uint8_t *record, const uint8_t *name, const Entry *entry) noexcept nogil:
+cdef int record_open(const uint8_t *record, const uint8_t *name, const Entry *entry, bint encrypted) noexcept nogil:
     cdef Cursor cursor = cursor_over(record, RECORD_HEADER)
     cdef const uint8_t *own = take(&cursor, NAME)
     cdef uint32_t stored = read_u32le(&cursor)
     cdef uint32_t raw = read_u32le(&cursor)
     cdef uint8_t compression = read_u8(&cursor)
     cdef uint8_t cipher = read_u8(&cursor)
+    cdef uint32_t added = AEAD_TAG if encrypted else 0
     if (
         cursor.failed
         or memcmp(own, name, NAME) != 0
         or stored != entry.stored
         or raw != (entry.raw | (<uint32_t>entry.kind << 24))
-        or cipher != 0
+        or (cipher != AES_256_GCM and cipher != CHACHA20_POLY1305 if encrypted else cipher != 0)
         or compression > STORED_ZSTD
-        or (compression == STORED_RAW and entry.stored != entry.raw)
+        or entry.stored < added
+        or (compression == STORED_RAW and entry.stored - added != entry.raw)
     ):
         return -1
     return compression
 
 
-def check_header(const uint8_t[::1] data not None, bytes repository not None, bytes pack_id not None, str label):
+cdef bint record_decrypt(
+    Aead aead, const uint8_t *record, const Entry *entry, const uint8_t *content_key, const uint8_t *pack_id,
+    uint8_t *into
+) noexcept nogil:
+    cdef uint8_t key[32]
+    cdef uint8_t nonce[12]
+    keyed_hash(content_key, pack_id, PACK_ID, key)
+    _nonce(nonce, entry.offset, record)
+    return aead.open(
+        record[41], key, nonce, record, RECORD_HEADER, record + RECORD_HEADER, entry.stored - AEAD_TAG, into
+    )
+
+
+def check_header(
+    const uint8_t[::1] data not None, bytes repository not None, bytes pack_id not None, str label,
+    *, bint encrypted=False
+):
     """Is ``data`` (the first 64 bytes of an object) the header of this pack? RepositoryCorrupt if not."""
     cdef size_t length = data.shape[0]
     cdef Cursor cursor
@@ -177,8 +218,10 @@ def check_header(const uint8_t[::1] data not None, bytes repository not None, by
     own = take(&cursor, PACK_ID)
     if cursor.failed or memcmp(magic, <char *>MAGIC, 8) != 0:
         raise RepositoryCorrupt(f"{label} is no pack")
-    if version != VERSION or cipher != 0:
-        raise RepositoryCorrupt(f"{label} has format {version}.{cipher}, this program reads {VERSION}.0")
+    if version != VERSION or cipher > CHACHA20_POLY1305:
+        raise RepositoryCorrupt(f"{label} has format {version} and cipher {cipher}: this program does not know both")
+    if encrypted != (cipher != 0):
+        raise RepositoryCorrupt(f"{label} has cipher {cipher}, which is not one of this repository's")
     if owner[:16] != repository or own[:PACK_ID] != pack_id:
         raise RepositoryCorrupt(f"{label} belongs to another repository or is stored under the wrong name")
 
@@ -220,32 +263,42 @@ def check_tail(const uint8_t[::1] tail not None, bytes key not None, str label):
     return PyBytes_FromStringAndSize(<char *>&tail[0], length - TRAILER_LENGTH)
 
 
-def scan_records(const uint8_t[::1] data not None, bytes chunk_key not None, bytes node_key not None, Codec codec not None):
+def scan_records(
+    const uint8_t[::1] data not None, bytes chunk_key not None, bytes node_key not None, Codec codec not None,
+    *, bytes content_key=None
+):
     """The entries of a pack whose own index is lost, made by reading its records from the front.
 
     ``data`` is the whole object. Each record's content is checked against its name; the scan ends at the first one that
-    does not match, since nothing after it is known to begin where it seems to. ``codec`` holds contents up to 8 MiB.
+    does not match, since nothing after it is known to begin where it seems to. ``codec`` belongs to the caller's thread.
     """
     cdef size_t length = data.shape[0]
     cdef Cursor cursor
     cdef const uint8_t *record
     cdef const uint8_t *payload
     cdef uint8_t *content
+    cdef uint8_t *opened
     cdef const uint8_t *key
+    cdef const uint8_t *sealed_with = NULL
+    cdef uint8_t pack_id[16]
     cdef uint8_t tag[32]
     cdef uint8_t wire[48]
     cdef uint32_t last
     cdef Entry entry
     cdef int compression
     cdef bint good
-    if len(chunk_key) != 32 or len(node_key) != 32:
+    if len(chunk_key) != 32 or len(node_key) != 32 or (content_key is not None and len(content_key) != AEAD_KEY):
         raise ValueError("a key has 32 bytes")
     if length < PACK_HEADER:
         return b""
+    if content_key is not None:
+        sealed_with = <const uint8_t *><char *>content_key
+    memcpy(pack_id, &data[32], PACK_ID)
     found = []
-    content = <uint8_t *>malloc(MAX_RAW)
+    content = <uint8_t *>malloc(2 * <size_t>MAX_RAW)   # what is decrypted, behind it what is decompressed
     if content == NULL:
         raise MemoryError
+    opened = content + MAX_RAW
     try:
         cursor = cursor_over(&data[0], length)
         take(&cursor, PACK_HEADER)
@@ -261,15 +314,21 @@ def scan_records(const uint8_t[::1] data not None, bytes chunk_key not None, byt
             payload = take(&cursor, entry.stored)
             if cursor.failed or not KIND_CHUNK <= entry.kind <= KIND_ROOT or not 0 < entry.raw <= MAX_RAW:
                 break
-            compression = record_open(record, record, &entry)
-            if compression < 0:
+            compression = record_open(record, record, &entry, sealed_with != NULL)
+            if compression < 0 or entry.stored > MAX_RAW + <uint32_t>AEAD_TAG:
                 break
             key = <const uint8_t *><char *>(chunk_key if entry.kind == KIND_CHUNK else node_key)
             with nogil:
                 good = True
-                if compression == STORED_ZSTD:
+                if sealed_with != NULL:
+                    good = record_decrypt(codec.aead, record, &entry, sealed_with, pack_id, opened)
+                    payload = opened
+                    entry.stored -= AEAD_TAG
+                if good and compression == STORED_ZSTD:
                     good = codec.unpack(payload, entry.stored, content, entry.raw)
                     payload = content
+                if sealed_with != NULL:
+                    entry.stored += AEAD_TAG
                 if good:
                     keyed_hash(key, payload, entry.raw, tag)
                     good = memcmp(tag, record, NAME) == 0

@@ -1,12 +1,15 @@
-# Compression with contexts that are made once and used for every chunk.
+# What a thread needs to store and read chunks: compression (and encryption) with contexts that are made once.
 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t
+
+from vmbackupd.engine.aead cimport Aead
 
 
 cdef class Codec:                      # one thread at a time
     cdef void *compressor              # ZSTD_CCtx, made on the first use
     cdef void *decompressor            # ZSTD_DCtx, likewise
+    cdef Aead aead                     # for a repository that is encrypted
     cdef readonly int level
     cdef readonly size_t capacity      # bytes of `room`
     cdef uint8_t *room                 # holds the compressed form of the longest content this codec is for

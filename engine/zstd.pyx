@@ -4,6 +4,8 @@ from libc.stdint cimport uint8_t, uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
+from vmbackupd.engine.aead cimport Aead
+
 cdef extern from "<zstd.h>" nogil:
     ctypedef struct ZSTD_CCtx:
         pass
@@ -39,6 +41,7 @@ cdef class Codec:
         if not ZSTD_minCLevel() <= level <= ZSTD_maxCLevel():
             raise ValueError(f"zstd level {level} is not between {ZSTD_minCLevel()} and {ZSTD_maxCLevel()}")
         self.level = level
+        self.aead = Aead()
         self.capacity = ZSTD_compressBound(largest)
         self.room = <uint8_t *>malloc(self.capacity)
         if self.room == NULL:

@@ -98,7 +98,7 @@ def test_living_writers_are_left_alone(tmp_path: Path) -> None:
         before = objects(tmp_path)
         assert [name for name in before if name.startswith(PACKS)]
         assert reopen(tmp_path).clean_up() == 0
-        assert objects(tmp_path) == before
+        assert before.items() <= objects(tmp_path).items()  # another pack may have been on its way
     assert objects(tmp_path) == {}
 
 
