@@ -165,3 +165,21 @@ class NotAuthorized(BackupError):
     """The caller may not do this."""
 
     code = "NotAuthorized"
+
+
+class KeyRequired(BackupError):
+    """The repository is encrypted, and no key was given or none could be read."""
+
+    code = "KeyRequired"
+
+
+class WrongKey(BackupError):
+    """The repository is encrypted, and the key that was given opens none of its key slots."""
+
+    code = "WrongKey"
+
+
+class NotEncrypted(BackupError):
+    """A key is configured, but the repository is not encrypted: perhaps somebody put another in its place."""
+
+    code = "NotEncrypted"

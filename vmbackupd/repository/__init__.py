@@ -1,5 +1,14 @@
 """The repository: backups as immutable trees of deduplicated chunks in packs. docs/format.md has the bytes."""
 
+from vmbackupd.repository.keys import (
+    Credential,
+    KeyFile,
+    KeySource,
+    Passphrase,
+    RecoveryKey,
+    SlotInfo,
+    new_recovery_key,
+)
 from vmbackupd.repository.local import LocalStorage
 from vmbackupd.repository.manifest import BackupSummary, Manifest, StoreRecord, VmIdentity
 from vmbackupd.repository.repository import Repository, Settings
@@ -8,13 +17,20 @@ from vmbackupd.repository.writer import RepositoryWriter
 
 __all__ = [
     "BackupSummary",
+    "Credential",
+    "KeyFile",
+    "KeySource",
     "LocalStorage",
     "Manifest",
     "ObjectInfo",
+    "Passphrase",
+    "RecoveryKey",
     "Repository",
     "RepositoryWriter",
     "Settings",
+    "SlotInfo",
     "Storage",
     "StoreRecord",
     "VmIdentity",
+    "new_recovery_key",
 ]

@@ -370,7 +370,8 @@ class Catalog:
         RepositoryCorrupt if it is no pack at all, FileNotFoundError, StorageError.
         """
         name = pack_name(pack_id)
-        packs.check_header(self._storage.get(name, 0, packs.HEADER), self._header.id, pack_id, name)
+        start = self._storage.get(name, 0, packs.HEADER)
+        packs.check_header(start, self._header.id, pack_id, name, encrypted=self._header.encrypted)
         try:
             if size < packs.HEADER + packs.TRAILER:
                 raise RepositoryCorrupt(f"{name} is truncated: it has {size} bytes")
@@ -382,4 +383,6 @@ class Catalog:
             log.warning("%s: %s; its records are read instead", self._storage.place, reason)
         keys = self._header.keys
         data = self._storage.get(name)
-        return packs.scan_records(data, keys.chunk, keys.node, Codec(1, LARGEST_CONTENT)), len(data)
+        codec = Codec(1, LARGEST_CONTENT)
+        entries = packs.scan_records(data, keys.chunk, keys.node, codec, content_key=self._header.content_key)
+        return entries, len(data)

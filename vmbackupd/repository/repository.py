@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,11 +13,21 @@ from vmbackupd.engine.chunkreader import ChunkReader
 from vmbackupd.engine.chunkstore import ChunkStore
 from vmbackupd.engine.image import ImageSource
 from vmbackupd.engine.index import IndexSet
-from vmbackupd.errors import InvalidArgument, NotFound, RepositoryCorrupt, RepositoryMissing
+from vmbackupd.errors import InvalidArgument, NotEncrypted, NotFound, RepositoryCorrupt
 from vmbackupd.repository import envelope
 from vmbackupd.repository.catalog import WRITER_ID, Catalog, PackStorage, object_id, pack_name
 from vmbackupd.repository.header import NAME as HEADER_NAME
 from vmbackupd.repository.header import Header
+from vmbackupd.repository.keys import (
+    KeySource,
+    SlotInfo,
+    add_slot,
+    list_slots,
+    new_master_key,
+    revoke_slot,
+    slot_name,
+    unlock,
+)
 from vmbackupd.repository.manifest import BACKUP_ID, MAX_BYTES, BackupSummary, Manifest
 from vmbackupd.repository.storage import Storage
 from vmbackupd.typed import parse_object
@@ -42,13 +52,14 @@ class Settings:
 
     ``level``: zstd's; ``workers``: threads that hash and compress, 0 for one a processor, at most 8; ``pack_size``:
     bytes of a pack; ``segment_entries``: chunks new to the repository that are kept in memory before they are sorted
-    into a file.
+    into a file; ``cipher``: id of the one to write an encrypted repository with, 0 for the faster one of this host.
     """
 
     level: int = 1
     workers: int = 0
     pack_size: int = 16 * 2**20
     segment_entries: int = 2**19
+    cipher: int = 0
 
     @property
     def threads(self) -> int:
@@ -68,26 +79,49 @@ class Repository:
         self._reader: ChunkReader | None = None
 
     @classmethod
-    def create(cls, storage: Storage, *, chunk_size: int = CHUNK_SIZE, settings: Settings | None = None) -> Repository:
-        """Make a repository. InvalidArgument if there is one, StorageError, RepositoryFull.
+    def create(
+        cls,
+        storage: Storage,
+        *,
+        chunk_size: int = CHUNK_SIZE,
+        settings: Settings | None = None,
+        keys: Sequence[KeySource] = (),
+    ) -> Repository:
+        """Make a repository, encrypted if there are ``keys``: each of them opens it from then on.
 
-        A local directory must exist: ``LocalStorage.create`` makes it.
+        InvalidArgument if there is one or a key will not do, KeyRequired, StorageError, RepositoryFull. A local
+        directory must exist: ``LocalStorage.create`` makes it.
         """
-        header = Header.new(chunk_size=chunk_size, fanout=FANOUT)
-        if not storage.put_if_absent(HEADER_NAME, [header.encode()]):
+        if keys and storage.stat(HEADER_NAME) is not None:
             raise InvalidArgument(f"there is a repository at {storage.place} already")
-        return cls.open(storage, settings=settings)
+        header = Header.new(chunk_size=chunk_size, fanout=FANOUT, master=new_master_key() if keys else None)
+        # the slots come first: a header without them would be a repository that nobody can open
+        slots = [add_slot(storage, header, header.master or b"", source, source.kind) for source in keys]
+        if not storage.put_if_absent(HEADER_NAME, [header.encode()]):
+            for slot in slots:
+                storage.delete(slot_name(slot.id))
+            raise InvalidArgument(f"there is a repository at {storage.place} already")
+        return cls._opened(storage, header, settings)
 
     @classmethod
-    def open(cls, storage: Storage, *, settings: Settings | None = None) -> Repository:
-        """Open a repository. RepositoryMissing, RepositoryCorrupt, StorageError."""
-        try:
-            data = storage.get(HEADER_NAME, 0, 2**20)
-        except FileNotFoundError:
-            raise RepositoryMissing(
-                f"there is no repository at {storage.place}: mount it, or make one with `vmbackupctl repository init`"
-            ) from None
-        repository = cls(storage, Header.decode(data, storage.place), settings or Settings())
+    def open(cls, storage: Storage, *, settings: Settings | None = None, keys: Sequence[KeySource] = ()) -> Repository:
+        """Open a repository. With ``keys`` it has to be an encrypted one, which one of them opens.
+
+        RepositoryMissing, KeyRequired, WrongKey, NotEncrypted, RepositoryCorrupt, StorageError.
+        """
+        header = Header.load(storage)
+        if header.encrypted:
+            header = header.unlocked(unlock(storage, header, keys))
+        elif keys:
+            raise NotEncrypted(
+                f"the repository at {storage.place} is not encrypted, but a key is configured for it: if that is meant "
+                "so, take the key out of the configuration; if not, somebody put another repository in its place"
+            )
+        return cls._opened(storage, header, settings)
+
+    @classmethod
+    def _opened(cls, storage: Storage, header: Header, settings: Settings | None) -> Repository:
+        repository = cls(storage, header, settings or Settings())
         repository.catalog.refresh()
         if repository.catalog.damaged:
             repository.rebuild_index()
@@ -119,28 +153,43 @@ class Repository:
         """All backups, oldest first. One whose manifest is damaged is listed with the reason, it hides no other."""
         found = []
         for info in self.storage.list(f"{MANIFESTS}/"):
-            backup_id = info.name.removeprefix(f"{MANIFESTS}/")
             try:
-                found.append(BackupSummary.of(self.manifest(backup_id)))
+                found.append(BackupSummary.of(self.listed_manifest(info.name)))
             except NotFound:
                 continue  # deleted since the listing
             except (RepositoryCorrupt, InvalidArgument) as reason:
-                found.append(BackupSummary(backup_id, error=str(reason)))
+                found.append(BackupSummary(info.name.removeprefix(f"{MANIFESTS}/"), error=str(reason)))
         return sorted(found, key=lambda summary: (summary.t1, summary.id))
+
+    def manifest_object(self, backup_id: str) -> str:
+        """The object that holds a backup's manifest."""
+        return f"{MANIFESTS}/{self.header.manifest_name(backup_id)}"
 
     def manifest(self, backup_id: str) -> Manifest:
         """The manifest of a backup. NotFound, InvalidArgument, RepositoryCorrupt, StorageError."""
         if not BACKUP_ID.fullmatch(backup_id):
             raise InvalidArgument(f"{backup_id!r} is no backup id")
-        what = f"manifest of backup {backup_id}"
+        return self._read_manifest(self.manifest_object(backup_id), backup_id)
+
+    def listed_manifest(self, name: str) -> Manifest:
+        """The manifest in an object ``manifests/…`` that was listed: where a repository is encrypted, its name does not
+        tell the backup's id. NotFound, InvalidArgument, RepositoryCorrupt, StorageError."""
+        last = name.removeprefix(f"{MANIFESTS}/")
+        if not BACKUP_ID.fullmatch(last):
+            raise InvalidArgument(f"{last!r} is no backup id")
+        return self._read_manifest(name, last)
+
+    def _read_manifest(self, name: str, backup: str) -> Manifest:
+        """``backup``: what to call it."""
+        what = f"manifest of backup {backup}"
         try:
-            data = self.storage.get(f"{MANIFESTS}/{backup_id}", 0, MAX_BYTES + 2**16)
+            data = self.storage.get(name, 0, MAX_BYTES + 2**16)
         except FileNotFoundError:
-            raise NotFound(f"there is no backup {backup_id} in the repository at {self.storage.place}") from None
+            raise NotFound(f"there is no backup {backup} in the repository at {self.storage.place}") from None
         content = envelope.unseal(MANIFEST_MAGIC, self.header, data, what)
         fields = parse_object(content, what=what, max_length=MAX_BYTES, error=RepositoryCorrupt)
         manifest = Manifest.from_json(fields, at=what)
-        if manifest.id != backup_id:
+        if self.manifest_object(manifest.id) != name:
             raise RepositoryCorrupt(f"{what} is that of {manifest.id}: an object was swapped")
         return manifest
 
@@ -177,6 +226,7 @@ class Repository:
             recover=self._recover,
             session=session,
             largest=self.header.largest,
+            content_key=self.header.content_key,
         )
 
     def _recover(self, name: bytes, searched: IndexSet) -> IndexSet | None:
@@ -196,6 +246,22 @@ class Repository:
         from vmbackupd.repository.writer import RepositoryWriter  # it imports this module
 
         return RepositoryWriter(self)
+
+    # ---- keys
+
+    def key_slots(self) -> list[SlotInfo]:
+        """The secrets that open this repository. StorageError."""
+        return list_slots(self.storage, self.header)
+
+    def add_key(self, source: KeySource, label: str) -> SlotInfo:
+        """One more secret that opens it. InvalidArgument, KeyRequired, StorageError."""
+        if self.header.master is None:
+            raise InvalidArgument(f"the repository at {self.storage.place} is not encrypted")
+        return add_slot(self.storage, self.header, self.header.master, source, label)
+
+    def revoke_key(self, slot_id: str) -> None:
+        """A secret opens it no more. NotFound, InvalidArgument for the last one, StorageError."""
+        revoke_slot(self.storage, self.header, slot_id)
 
     # ---- care
 
@@ -217,7 +283,7 @@ class Repository:
         """Is there a manifest of this writer? A manifest that cannot be read might be it."""
         for info in self.storage.list(f"{MANIFESTS}/"):
             try:
-                if self.manifest(info.name.removeprefix(f"{MANIFESTS}/")).writer == writer.hex():
+                if self.listed_manifest(info.name).writer == writer.hex():
                     return True
             except RepositoryCorrupt:
                 return True
@@ -269,6 +335,7 @@ class Repository:
             "place": self.storage.place,
             "created": self.header.created,
             "hash": "blake3-keyed",
+            "encrypted": self.header.encrypted,
             "chunk_size": self.header.chunk_size,
             "fanout": self.header.fanout,
             "backups": sum(1 for _ in self.storage.list(f"{MANIFESTS}/")),

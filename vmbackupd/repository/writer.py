@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 from vmbackupd.engine.chunkstore import ChunkStore
 from vmbackupd.engine.image import ImageSink, ImageSource
 from vmbackupd.engine.tree import TreeBuilder
-from vmbackupd.errors import BackupError, InvalidArgument
+from vmbackupd.errors import BackupError, InvalidArgument, StorageError
 from vmbackupd.repository import envelope
 from vmbackupd.repository.catalog import WRITER_ID, index_name, pack_name, spill_file
 from vmbackupd.repository.manifest import Manifest
-from vmbackupd.repository.repository import LARGEST_BLOB, MANIFEST_MAGIC, MANIFESTS, Repository, session_name
+from vmbackupd.repository.repository import LARGEST_BLOB, MANIFEST_MAGIC, Repository, session_name
 from vmbackupd.repository.storage import Claim
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ class RepositoryWriter:
                 largest=repository.header.largest,
                 pack_size=max(settings.pack_size, 2 * repository.header.largest),
                 segment_entries=settings.segment_entries,
+                content_key=repository.header.content_key,
+                cipher=settings.cipher,
             )
             self._reader = repository.reader(index, self._store)
             self._store.start()
@@ -133,7 +135,7 @@ class RepositoryWriter:
             for tree in manifest.trees():
                 if not self._store.knows(bytes.fromhex(tree)):
                     raise InvalidArgument(f"manifest {manifest.id}: tree {tree} is not in the repository")
-            name = f"{MANIFESTS}/{manifest.id}"
+            name = self.repository.manifest_object(manifest.id)
             if self._storage.stat(name) is not None:
                 raise InvalidArgument(f"there is a backup {manifest.id} already")
             for index_id, parts in self._store.finish():
@@ -181,7 +183,10 @@ class RepositoryWriter:
     def _put_pack(self, pack_id: bytes, parts: list[Buffer]) -> None:
         with self._lock:
             self._packs.append(pack_id)
-        self._storage.put_if_absent(pack_name(pack_id), parts)
+        if not self._storage.put_if_absent(pack_name(pack_id), parts):
+            with self._lock:
+                self._packs.remove(pack_id)  # somebody else's
+            raise StorageError(f"{self._storage.place}: there is an object {pack_name(pack_id)} already")
 
     def _check_open(self) -> None:
         if self._ended:
