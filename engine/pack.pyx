@@ -83,7 +83,7 @@ cdef void pack_start(
     memset(pack.data, 0, PACK_HEADER)
     memcpy(pack.data, b"VMBKPACK", 8)
     store_u16(pack.data + 8, VERSION)
-    pack.data[10] = <uint8_t>cipher
+    pack.data[10] = 1 if cipher else 0
     pack.cipher = cipher
     if cipher:
         keyed_hash(content_key, pack_id, PACK_ID, pack.key)
@@ -167,6 +167,7 @@ cdef int record_open(const uint8_t *record, const uint8_t *name, const Entry *en
     cdef uint32_t raw = read_u32le(&cursor)
     cdef uint8_t compression = read_u8(&cursor)
     cdef uint8_t cipher = read_u8(&cursor)
+    cdef uint32_t reserved = read_u32le(&cursor) | read_u16le(&cursor)
     cdef uint32_t added = AEAD_TAG if encrypted else 0
     if (
         cursor.failed
@@ -175,6 +176,7 @@ cdef int record_open(const uint8_t *record, const uint8_t *name, const Entry *en
         or raw != (entry.raw | (<uint32_t>entry.kind << 24))
         or (cipher != AES_256_GCM and cipher != CHACHA20_POLY1305 if encrypted else cipher != 0)
         or compression > STORED_ZSTD
+        or reserved != 0
         or entry.stored < added
         or (compression == STORED_RAW and entry.stored - added != entry.raw)
     ):
@@ -207,21 +209,23 @@ def check_header(
     cdef const uint8_t *own
     cdef uint16_t version
     cdef uint8_t cipher
+    cdef uint64_t reserved
     if length < PACK_HEADER:
         raise RepositoryCorrupt(f"{label} is truncated: it has {length} bytes")
     cursor = cursor_over(&data[0], length)
     magic = take(&cursor, 8)
     version = read_u16le(&cursor)
     cipher = read_u8(&cursor)
-    take(&cursor, 5)
+    reserved = read_u32le(&cursor) | read_u8(&cursor)
     owner = take(&cursor, 16)
     own = take(&cursor, PACK_ID)
+    reserved |= read_u64le(&cursor) | read_u64le(&cursor)
     if cursor.failed or memcmp(magic, <char *>MAGIC, 8) != 0:
         raise RepositoryCorrupt(f"{label} is no pack")
-    if version != VERSION or cipher > CHACHA20_POLY1305:
-        raise RepositoryCorrupt(f"{label} has format {version} and cipher {cipher}: this program does not know both")
+    if version != VERSION or cipher > 1 or reserved != 0:
+        raise RepositoryCorrupt(f"{label} has format {version}.{cipher}.{reserved}, this program reads {VERSION}.0 and .1")
     if encrypted != (cipher != 0):
-        raise RepositoryCorrupt(f"{label} has cipher {cipher}, which is not one of this repository's")
+        raise RepositoryCorrupt(f"{label} {'is not' if encrypted else 'is'} encrypted, unlike the repository")
     if owner[:16] != repository or own[:PACK_ID] != pack_id:
         raise RepositoryCorrupt(f"{label} belongs to another repository or is stored under the wrong name")
 

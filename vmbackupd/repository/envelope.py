@@ -55,7 +55,7 @@ def unseal(magic: bytes, header: Header, data: bytes, what: str) -> bytes:
     if repository != header.id:
         raise RepositoryCorrupt(f"{what} belongs to another repository")
     if (cipher != 0) != header.encrypted:
-        raise RepositoryCorrupt(f"{what} has cipher {cipher}, which is not one of this repository's")
+        raise RepositoryCorrupt(f"{what} {'is not' if header.encrypted else 'is'} encrypted, unlike the repository")
     if length != len(data) - added:
         raise RepositoryCorrupt(f"{what} is truncated: it has {len(data)} bytes")
     if not hmac.compare_digest(keyed_hash(header.keys.seal, data[:-TAG]), data[-TAG:]):
