@@ -13,6 +13,7 @@ CHUNK, NODE, ROOT = 1, 2, 3
 
 KeyedHash = Callable[[bytes, bytes], bytes]
 Unpack = Callable[[bytes, int], bytes]
+Payload = Callable[[bytes, int], bytes]
 
 
 class Namer:
@@ -67,23 +68,36 @@ def tree_of(
     return name.hex(), made
 
 
-def records(pack: bytes) -> Iterator[tuple[bytes, int, int, int, bytes]]:
-    """(name, kind, compression, length of the content, payload) of every record of a pack."""
+def plain_payload(pack: bytes, offset: int) -> bytes:
+    """The payload of the record at ``offset`` of a pack that is not encrypted."""
+    assert (pack[10], pack[offset + 41]) == (0, 0)
+    (stored,) = struct.unpack_from("<I", pack, offset + 32)
+    return pack[offset + 48 : offset + 48 + stored]
+
+
+def records(pack: bytes, payload: Payload = plain_payload) -> Iterator[tuple[bytes, int, int, int, bytes]]:
+    """(name, kind, compression, length of the content, payload) of every record of a pack.
+
+    ``payload(pack, offset)`` takes a record's payload out of it, and decrypts it where that is to be done.
+    """
     magic, offset, count = struct.unpack_from("<8sQI", pack, len(pack) - 80)
     assert (pack[:8], magic) == (b"VMBKPACK", b"VMBKPEND")
     for number in range(count):
         name, zero, at, stored, last = struct.unpack_from("<32sIIII", pack, offset + 48 * number)
         assert (zero, pack[at : at + 32]) == (0, name)
         assert struct.unpack_from("<II", pack, at + 32) == (stored, last)
-        yield name, last >> 24, pack[at + 40], last & 0xFFFFFF, pack[at + 48 : at + 48 + stored]
+        assert not any(pack[at + 42 : at + 48])
+        yield name, last >> 24, pack[at + 40], last & 0xFFFFFF, payload(pack, at)
 
 
-def contents(packs: list[bytes], namer: Namer, unpack: Unpack) -> dict[bytes, bytes]:
+def contents(
+    packs: list[bytes], namer: Namer, unpack: Unpack, payload_of: Payload = plain_payload
+) -> dict[bytes, bytes]:
     """The contents of all records by name, each checked."""
     found = {}
     for pack in packs:
         assert namer.seal(pack[struct.unpack_from("<Q", pack, len(pack) - 72)[0] : -32]) == pack[-32:]
-        for name, kind, compression, length, payload in records(pack):
+        for name, kind, compression, length, payload in records(pack, payload_of):
             content = unpack(payload, length) if compression else payload
             assert (len(content), namer.name(kind, content)) == (length, name)
             found[name] = content

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import blake3
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
-from vmbackupd.engine.reference_image import Namer, contents, image_of
+from vmbackupd.engine.reference_crypto import Secrets
+from vmbackupd.engine.reference_image import Namer, contents, image_of, plain_payload
 from vmbackupd.engine.zstd import Codec
 from vmbackupd.errors import BackupError
 from vmbackupd.model import Consistency, Method, RevertMode, VolumeKind, VolumeRecord
 from vmbackupd.repository import LocalStorage, Manifest, ObjectInfo, Repository, Settings, VmIdentity
 from vmbackupd.repository.header import NAME as HEADER_NAME
 from vmbackupd.repository.header import Header
+from vmbackupd.repository.keys import add_slot, new_master_key
 
 CHUNK = 4096
 SETTINGS = Settings(workers=2, pack_size=256 * 1024)
@@ -26,20 +29,61 @@ def keyed_hash(key: bytes, data: bytes) -> bytes:
     return blake3.blake3(data, key=key).digest()
 
 
-def make(path: Path, *, fanout: int = 16, chunk_size: int = CHUNK, settings: Settings = SETTINGS) -> Repository:
+def decrypt(cipher: int, key: bytes, nonce: bytes, bound: bytes, data: bytes) -> bytes:
+    """The repository's ciphers as another library has them."""
+    return {1: AESGCM, 2: ChaCha20Poly1305}[cipher](key).decrypt(nonce, data, bound)
+
+
+class FixedKey:
+    """A key that needs no file: the tests' repositories that are encrypted have it."""
+
+    kind = "keyfile"
+    opens = frozenset({"keyfile"})
+
+    def __init__(self, secret: bytes = b"the secret of the tests' repositories") -> None:
+        self._secret = secret
+
+    def secret(self) -> bytes:
+        return self._secret
+
+    def __str__(self) -> str:
+        return "fixed key"
+
+
+FIXED_KEY = FixedKey()
+
+
+def make(
+    path: Path,
+    *,
+    fanout: int = 16,
+    chunk_size: int = CHUNK,
+    settings: Settings = SETTINGS,
+    encrypted: bool = False,
+) -> Repository:
     """A repository with small chunks and nodes, so that small images have deep trees."""
     storage = LocalStorage(path)
     storage.create()
-    header = Header.new(chunk_size=chunk_size, fanout=fanout)
+    master = new_master_key() if encrypted else None
+    header = Header.new(chunk_size=chunk_size, fanout=fanout, master=master)
+    if master is not None:
+        add_slot(storage, header, master, FIXED_KEY, "tests")
     assert storage.put_if_absent(HEADER_NAME, [header.encode()])
-    return Repository.open(storage, settings=settings)
+    return reopen(path, settings)
+
+
+def keys_of(storage: Any) -> tuple[FixedKey, ...]:
+    """What opens this storage's repository, if ``make`` made it."""
+    return (FIXED_KEY,) if Header.load(storage).encrypted else ()
 
 
 def reopen(path: Path, settings: Settings = SETTINGS) -> Repository:
-    return Repository.open(LocalStorage(path), settings=settings)
+    storage = LocalStorage(path)
+    return Repository.open(storage, settings=settings, keys=keys_of(storage))
 
 
 def namer(repository: Repository) -> Namer:
+    assert repository.header.hash_key is not None
     return Namer(repository.header.hash_key, keyed_hash)
 
 
@@ -47,7 +91,13 @@ def known(repository: Repository, path: Path) -> dict[bytes, bytes]:
     """Everything in the packs below ``path``, read by the reference."""
     codec = Codec(1, 2**23)
     packs = [file.read_bytes() for file in sorted(path.glob("packs/*/*"))]
-    return contents(packs, namer(repository), codec.decompress)
+    master = repository.header.master
+    secrets = None if master is None else Secrets(master, keyed_hash)
+
+    def payload(pack: bytes, offset: int) -> bytes:
+        return plain_payload(pack, offset) if secrets is None else secrets.payload(pack, offset, decrypt)
+
+    return contents(packs, namer(repository), codec.decompress, payload)
 
 
 def reference_image(repository: Repository, path: Path, tree: str) -> bytes:
