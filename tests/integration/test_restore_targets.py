@@ -231,7 +231,7 @@ def test_a_failure_removes_everything_that_was_made(tmp_path: Path) -> None:
                 (tmp_path / "new/vdb.qcow2").write_bytes(b"somebody else's")
 
         watcher.at = spoil
-        with pytest.raises(TargetRefused, match="was not there when the restore began"):
+        with pytest.raises(TargetRefused, match="was not there when the work began"):
             await carry_out(kit, plan, watcher)
         assert os.listdir(tmp_path / "new") == ["vdb.qcow2"], "only what is not ours stays"
         assert watcher.pending == [("rmdir", str(tmp_path / "new"))]

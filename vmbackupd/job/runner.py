@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vmbackupd.config import Config
 from vmbackupd.errors import BackupError, HypervisorError
+from vmbackupd.host.newfile import OnEffect
 from vmbackupd.host.udev import UdevWatch
 from vmbackupd.hypervisor.base import DomainInfo, Hypervisor
 from vmbackupd.hypervisor.storage_daemon import StorageDaemon, end_leftovers
@@ -25,7 +26,6 @@ from vmbackupd.job.steps import inspect, release
 from vmbackupd.job.undo import UndoContext, unwind
 from vmbackupd.repository import LocalStorage, Repository
 from vmbackupd.restore.execute import execute
-from vmbackupd.restore.newfile import OnEffect
 from vmbackupd.restore.plan import RestorePlan
 from vmbackupd.restore.planner import make_plan
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
+from vmbackupd.host.newfile import PART
 from vmbackupd.model import VolumeRecord
 from vmbackupd.restore.address import Target, TargetKind
 from vmbackupd.restore.plan import Content, Found, VolumePlan, Writing
 from vmbackupd.units import human
-
-PART = ".part"  # a file has this after its name until the whole restore has succeeded
 
 
 def choose_writing(record: VolumeRecord, target: Target, found: Found, force: bool, notes: list[str],

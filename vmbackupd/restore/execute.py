@@ -9,13 +9,13 @@ from collections.abc import Awaitable, Sequence
 from typing import Protocol, TypeVar
 
 from vmbackupd.errors import BackupError, NotFound, TargetRefused
+from vmbackupd.host.newfile import OnEffect, Withdraw
 from vmbackupd.hypervisor.base import Hypervisor
 from vmbackupd.repository import Repository
 from vmbackupd.repository.manifest import Manifest
 from vmbackupd.restore.copying import write_volumes
 from vmbackupd.restore.files import WrittenFiles
 from vmbackupd.restore.look import StorageDaemonFactory
-from vmbackupd.restore.newfile import OnEffect, Withdraw
 from vmbackupd.restore.plan import DomainPlan, RestorePlan
 from vmbackupd.restore.targets import OpenTarget
 

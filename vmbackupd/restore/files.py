@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 
+from vmbackupd.host.newfile import NewFile, OnEffect, Withdraw, sync
 from vmbackupd.restore.check import missing_directories
-from vmbackupd.restore.newfile import NewFile, OnEffect, Withdraw, sync
 from vmbackupd.restore.plan import RestorePlan
 
 log = logging.getLogger("restore.files")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +12,6 @@ from pathlib import Path
 from vmbackupd.errors import HypervisorError, NotFound
 from vmbackupd.hypervisor.base import DiskSource, Hypervisor
 from vmbackupd.restore.address import Target
-
-# QEMU's lock bytes lie at 100..199 (permissions in use) and 200..299 (permissions not shared): block/file-posix.c.
-_QEMU_LOCKS = (100, 200)
-_F_OFD_GETLK = 36  # include/uapi/asm-generic/fcntl.h; not in Python's fcntl before 3.14
-_FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: type, whence, start, length, pid
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,21 +81,6 @@ def place(target: Target) -> tuple[object, ...]:
     if target.iscsi is not None:
         return ("lun", target.iscsi.iqn, target.iscsi.lun)
     return file_key(target.file)
-
-
-def lock_users(fd: int) -> list[str]:
-    """Whether a QEMU process has the file open: it holds locks as long as it does."""
-    for start in _QEMU_LOCKS:
-        query = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, 100, 0)
-        try:
-            answer = fcntl.fcntl(fd, _F_OFD_GETLK, query)
-        except OSError as error:
-            if error.errno in (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP):
-                return []  # a filesystem without such locks, where QEMU cannot hold them either
-            raise
-        if _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
-            return ["a QEMU process has it open"]
-    return []
 
 
 def block_users(path: str, *, sys: Path = Path("/sys"), proc: Path = Path("/proc")) -> list[str]:

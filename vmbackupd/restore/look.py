@@ -10,11 +10,12 @@ from contextlib import closing
 
 from vmbackupd.engine.nbd import NbdConnection
 from vmbackupd.errors import BackupError
+from vmbackupd.host.imagelocks import lock_users
 from vmbackupd.host.udev import identify
 from vmbackupd.hypervisor.storage_daemon import ImageSpec, IscsiLun, StorageDaemon
 from vmbackupd.restore.address import Target, TargetKind
 from vmbackupd.restore.existing import device_size, first_data, first_file_data
-from vmbackupd.restore.inuse import block_users, lock_users
+from vmbackupd.restore.inuse import block_users
 from vmbackupd.restore.plan import Content, Found
 
 StorageDaemonFactory = Callable[[], StorageDaemon]

@@ -10,11 +10,11 @@ from contextlib import AsyncExitStack
 
 from vmbackupd.engine.nbd import NbdConnection
 from vmbackupd.errors import BackupError, TargetRefused
+from vmbackupd.host.imagelocks import lock_users
+from vmbackupd.host.newfile import NewFile, OnEffect, sync
 from vmbackupd.hypervisor.storage_daemon import create_qcow2
 from vmbackupd.restore.address import TargetKind
-from vmbackupd.restore.inuse import lock_users
 from vmbackupd.restore.look import StorageDaemonFactory, image_spec
-from vmbackupd.restore.newfile import NewFile, OnEffect, sync
 from vmbackupd.restore.plan import VolumePlan, Writing
 
 log = logging.getLogger("restore.targets")

@@ -11,8 +11,8 @@ from vmbackupd.engine.revert import revert_image
 from vmbackupd.errors import RepositoryCorrupt
 from vmbackupd.repository import Repository
 from vmbackupd.repository.manifest import Manifest
+from vmbackupd.repository.t1 import revert_plan
 from vmbackupd.restore.plan import VolumePlan
-from vmbackupd.restore.t1 import revert_plan
 from vmbackupd.restore.targets import OpenTarget
 
 

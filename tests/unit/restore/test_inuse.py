@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from vmbackupd.host.imagelocks import lock_users
 from vmbackupd.hypervisor.base import DiskSource
-from vmbackupd.restore.inuse import DomainDiskUse, block_users, lock_users, lun_of_name, users_of_lun, users_of_path
+from vmbackupd.restore.inuse import DomainDiskUse, block_users, lun_of_name, users_of_lun, users_of_path
 
 
 def use(path: str | None = None, *, name: str | None = None, chain: tuple[str, ...] = ()) -> DomainDiskUse:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from vmbackupd.errors import TargetRefused
+from vmbackupd.host.newfile import NewFile, Withdraw
 from vmbackupd.restore.files import WrittenFiles
-from vmbackupd.restore.newfile import NewFile, Withdraw
 from vmbackupd.restore.plan import BlobPlan, RestorePlan
 
 
@@ -74,7 +74,7 @@ def test_a_file_that_came_up_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     file = NewFile(str(path), False, told)
     fill(file)
     path.write_bytes(b"theirs")
-    with pytest.raises(TargetRefused, match="was not there when the restore began"):
+    with pytest.raises(TargetRefused, match="was not there when the work began"):
         file.rename()
     file.remove()
     assert path.read_bytes() == b"theirs" and os.listdir(tmp_path) == ["x"] and told.pending == []

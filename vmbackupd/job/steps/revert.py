@@ -12,7 +12,7 @@ from vmbackupd.engine.revert import RevertPlan, revert_image
 from vmbackupd.job.context import BackupContext, Captured
 from vmbackupd.job.faultpoints import reach
 from vmbackupd.model import RevertMode
-from vmbackupd.restore.t1 import read_store, revert_plan
+from vmbackupd.repository.t1 import read_store, revert_plan
 
 
 async def run(ctx: BackupContext) -> None:

@@ -1,7 +1,6 @@
-"""A file this restore makes: written beside its final name, given that name when all of the restore is complete.
+"""A file that a restore or an export makes: written beside its final name, given that name when all of it is complete.
 
-So a half-written file never bears the name it is to have, and a file that is replaced stays whole when the restore
-fails.
+So a half-written file never bears the name it is to have, and a file that is replaced stays whole when the work fails.
 """
 
 from __future__ import annotations
@@ -11,16 +10,16 @@ import os
 from collections.abc import Callable
 
 from vmbackupd.errors import TargetRefused
-from vmbackupd.restore.check import PART
 
-log = logging.getLogger("restore.newfile")
+PART = ".part"  # a file has this after its name until it is complete
+
+log = logging.getLogger("host.newfile")
 
 Withdraw = Callable[[], None]
 
 #: Told of an effect before it happens: the name of its undo (``unlink``, ``rmdir``, ``undefine``) and what to undo.
-#: Returns
-#: a function that withdraws it, called when the effect did not happen (the file is somebody else's) or is undone
-#: already.
+#: Returns a function that withdraws it, called when the effect did not happen (the file is somebody else's) or is
+#: undone already.
 OnEffect = Callable[[str, str], Withdraw]
 
 
@@ -63,14 +62,13 @@ class NewFile:
             os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
         except OSError as error:
             withdraw()
-            raise TargetRefused(f"{self.path} cannot be made ({error.strerror}); it was not there when the restore"
-                                " began: move"
-                                " it away and restore again") from error
+            raise TargetRefused(f"{self.path} cannot be made ({error.strerror}); it was not there when the work began:"
+                                " move it away and try again") from error
         self._ours[self.path] = withdraw
         os.rename(self.part, self.path)
 
     def keep(self) -> None:
-        """The restore is complete: nothing of this file is to be undone any more."""
+        """The work is complete: nothing of this file is to be undone any more."""
         for path in list(self._ours):
             self._ours.pop(path)()
 
