@@ -14,4 +14,5 @@ cdef class ReadableSource:
     cdef bint full[CACHED]
     cdef unsigned int turn              # which is thrown out next
     cdef const uint8_t *chunk(self, uint64_t index) except NULL nogil
+    cdef bint holds(self, uint64_t index) noexcept nogil
     cdef int read_into(self, uint8_t *into, size_t length, uint64_t offset) except -1 nogil

@@ -41,6 +41,14 @@ class RevertPlan:
     def chunks(self, chunk_size: int) -> Iterator[int]:
         """Indexes of the chunks that are touched, ascending, each once."""
 
+class RevertedSource(ChunkSource):
+    """The T1 image of a disk, made while it is read, from its T2 ``image`` and the ``store`` (the scratch disk at T2).
+
+    One thread at a time. ValueError and StoreCorrupt as ``revert_image``.
+    """
+
+    def __init__(self, plan: RevertPlan, image: ChunkSource, store: ChunkSource) -> None: ...
+
 def patch(
     plan: RevertPlan, offset: int, buffer: bytearray | memoryview, read_store: Callable[[int, int], bytes]
 ) -> int:

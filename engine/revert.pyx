@@ -226,7 +226,7 @@ def patch(RevertPlan plan not None, offset, uint8_t[::1] buffer not None, read_s
 # ---- a whole image
 
 cdef class _Revert:
-    """The state of one revert_image."""
+    """What revert_image and RevertedSource work with."""
 
     cdef RevertPlan plan
     cdef ChunkSource image
@@ -272,7 +272,7 @@ cdef class _Revert:
         if not self.covered(start, end, i):
             self.image.get(index, self.buffer, length)
         while i < self.plan.piece_count and self.plan.pieces[i].disk_offset < end:
-            self.piece(&self.plan.pieces[i], start, end)
+            self.piece(&self.plan.pieces[i], self.buffer, start, end)
             i += 1
         if is_zero(self.buffer, length):
             self.sink.put_zero(index, 1)
@@ -288,13 +288,14 @@ cdef class _Revert:
             i += 1
         return start >= end
 
-    cdef int piece(self, const Piece *piece, uint64_t start, uint64_t end) except -1 nogil:
+    cdef int piece(self, const Piece *piece, uint8_t *into, uint64_t start, uint64_t end) except -1 nogil:
+        """The part of a piece that lies in [start, end), which is what ``into`` holds."""
         cdef uint64_t first = piece.disk_offset, last = piece.disk_offset + piece.length
         if first < start:
             first = start
         if last > end:
             last = end
-        return self.store.read_into(self.buffer + (first - start), last - first,
+        return self.store.read_into(into + (first - start), last - first,
                                     piece.store_offset + (first - piece.disk_offset))
 
 
@@ -316,3 +317,53 @@ def revert_image(RevertPlan plan not None, ChunkSource image not None, ChunkSour
     with nogil:
         work.run(cancel_flag)
     return work.patched
+
+
+# ---- while it is read
+
+cdef class RevertedSource(ChunkSource):
+    cdef ChunkSource image
+    cdef RevertPlan plan
+    cdef _Revert work
+
+    def __init__(self, RevertPlan plan not None, ChunkSource image not None, ChunkSource store not None):
+        plan._ready()
+        if image.size < plan.disk_size:
+            raise ValueError(f"image of {image.size} bytes for a plan of {plan.disk_size}")
+        if plan.store_end > store.size:
+            raise StoreCorrupt(
+                f"revert: the stores reach to byte {plan.store_end} of a scratch disk of {store.size}")
+        self.size = image.size
+        self.chunk_size = image.chunk_size
+        self.plan = plan
+        self.image = image
+        self.work = _Revert(plan, image, store, None)
+
+    cdef int get(self, uint64_t index, uint8_t *into, size_t length) except -1 nogil:
+        cdef uint64_t start = index * self.chunk_size, end = start + length
+        cdef size_t i = self.plan.find(start)
+        if length == 0 or length != chunk_length(self.size, self.chunk_size, index):
+            with gil:
+                raise IndexError(f"chunk {index} of {length} bytes")
+        if not self.work.covered(start, end, i):
+            self.image.get(index, into, length)
+        while i < self.plan.piece_count and self.plan.pieces[i].disk_offset < end:
+            self.work.piece(&self.plan.pieces[i], into, start, end)
+            i += 1
+        return 0
+
+    cdef int next_data(self, uint64_t index, uint64_t *first, uint64_t *count) except -1 nogil:
+        """What comes first: a run of the image or of chunks that a piece touches."""
+        cdef size_t i = self.plan.find(index * self.chunk_size)
+        cdef uint64_t start, end
+        self.image.next_data(index, first, count)
+        if i == self.plan.piece_count:
+            return 0
+        start = max(index, self.plan.pieces[i].disk_offset // self.chunk_size)
+        end = (self.plan.pieces[i].disk_offset + self.plan.pieces[i].length - 1) // self.chunk_size + 1
+        if count[0] == 0 or start < first[0]:
+            if count[0] > 0 and end > first[0]:
+                end = first[0]
+            first[0] = start
+            count[0] = end - start
+        return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -13,7 +14,7 @@ from vmbackupd.engine.cowstore import CowStore
 from vmbackupd.engine.memory import MemorySink, MemorySource
 from vmbackupd.engine.progress import Progress
 from vmbackupd.engine.readable import ReadableSource
-from vmbackupd.engine.revert import RevertPlan, patch, revert_image
+from vmbackupd.engine.revert import RevertedSource, RevertPlan, patch, revert_image
 from vmbackupd.errors import Cancelled, StoreCorrupt
 from vmbackupd.model import Segment, VolumeMap
 
@@ -90,6 +91,31 @@ def test_whole_images_against_the_reference(rng: random.Random) -> None:
                 data = sink.chunks.get(index) or bytes(min(chunk, len(image) - index * chunk))
                 result[index * chunk : index * chunk + len(data)] = data
             assert bytes(result) == expected
+
+
+def test_reading_a_reverted_image_against_the_reference(rng: random.Random) -> None:
+    for _ in range(60):
+        scene = Scene(rng)
+        for disk, image in scene.disks.items():
+            holes = rng.sample(range(len(image) // 64), len(image) // 80)
+            image = b"".join(bytes(64) if at // 64 in holes else image[at : at + 64] for at in range(0, len(image), 64))
+            expected = reference.revert(image, disk, scene.scratch, scene.volumes)
+            chunk = rng.choice([64, 512, 4096])
+            store = MemorySource.over(scene.scratch, rng.choice([64, 512, 4096]))
+            plan = scene.plan(disk)
+            source = ReadableSource(RevertedSource(plan, MemorySource.over(image, chunk), store))
+            assert source.read(0, len(image)) == expected
+            touched = set(plan.chunks(chunk))
+            data = {at // chunk for at in range(0, len(image), 64) if any(image[at : at + 64])} | touched
+            at = 0
+            for offset, length, is_data in source.extents(0, len(image)):
+                assert offset == at
+                assert all((index in data) == is_data for index in range(at // chunk, -(-(at + length) // chunk)))
+                at += length
+            assert at == len(image)
+            start = rng.randrange(len(image))
+            length = rng.randrange(len(image) - start)
+            assert source.read(start, length) == expected[start : start + length]
 
 
 def test_buffers_against_the_reference(rng: random.Random) -> None:
@@ -228,3 +254,36 @@ def test_readable_source(rng: random.Random) -> None:
     for offset, length in [(-1, 1), (0, 5001), (5000, 1), (1, -1)]:
         with pytest.raises(ValueError, match="not inside"):
             source.read(offset, length)
+
+
+def test_readable_source_fills_buffers(rng: random.Random) -> None:
+    data = rng.randbytes(5000)
+    source = ReadableSource(MemorySource.over(data, 64))
+    for _ in range(500):
+        start = rng.randrange(5001)
+        buffer = bytearray(rng.randrange(5001 - start))
+        source.read_buffer(start, buffer)
+        assert buffer == data[start : start + len(buffer)]
+    for offset, length in [(-1, 1), (0, 5001), (5000, 1)]:
+        with pytest.raises(ValueError, match="not inside"):
+            source.read_buffer(offset, bytearray(length))
+
+
+def test_readable_source_tells_data_from_holes(rng: random.Random) -> None:
+    for _ in range(50):
+        size = rng.randrange(1, 5000)
+        chunks = {at: rng.randbytes(min(64, size - at * 64)) for at in range(-(-size // 64)) if rng.random() < 0.4}
+        source = ReadableSource(MemorySource(size, 64, chunks))
+        start = rng.randrange(size)
+        length = rng.randrange(1, size - start + 1)
+        expected = [at // 64 in chunks for at in range(start, start + length)]
+        found = source.extents(start, length)
+        assert [is_data for _, length, is_data in found for _ in range(length)] == expected
+        assert all(offset + length == follower[0] for (offset, length, _), follower in pairwise(found))
+        assert all(a[2] != b[2] for a, b in pairwise(found))
+        some = source.extents(start, length, limit=1)
+        flags = [is_data for _, length, is_data in some for _ in range(length)]
+        assert 1 <= len(some) <= 2 and some[0][0] == start and flags == expected[: len(flags)]
+        assert source.extents(start, 0) == []
+    with pytest.raises(ValueError, match="not inside"):
+        source.extents(size, 1)

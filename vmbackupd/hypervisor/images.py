@@ -89,11 +89,15 @@ async def qcow2_in_use(path: str) -> bool:
     return False
 
 
-async def create_qcow2(path: str, size: int) -> None:
-    """A new sparse qcow2 image of ``size`` bytes; the file must not exist. Readable by its owner only."""
+async def create_qcow2(path: str, size: int, *, compression: str = "zlib") -> None:
+    """A new sparse qcow2 image of ``size`` bytes; the file must not exist. Readable by its owner only.
+
+    ``compression`` is what its compressed clusters, if any, are compressed with: ``zlib``, or ``zstd`` (QEMU 5.1 and
+    later read it).
+    """
     _reserve(path, 0o600)
     try:
-        await _qemu_img("create", "-q", "-f", "qcow2", path, str(size))
+        await _qemu_img("create", "-q", "-f", "qcow2", "-o", f"compression_type={compression}", path, str(size))
     except BaseException:
         os.unlink(path)
         raise
@@ -107,6 +111,11 @@ async def create_overlay(path: str, size: int, backing: str, backing_format: str
     except BaseException:
         os.unlink(path)
         raise
+
+
+async def check_image(path: str, format: str, timeout: float) -> None:
+    """Check that the metadata of an image is consistent. Raises ``HypervisorError`` with what is wrong."""
+    await _qemu_img("check", "-q", "-f", format, path, timeout=timeout)
 
 
 async def commit_offline(path: str, timeout: float) -> None:

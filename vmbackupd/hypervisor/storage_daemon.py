@@ -34,6 +34,8 @@ SOCKET_PATH_LIMIT = 107  # sun_path without its NUL
 
 log = logging.getLogger("hypervisor.storage_daemon")
 
+_MAY_HAVE_BACKING = {"qcow2", "qed", "vmdk"}  # drivers that know the option
+
 _serial = itertools.count(1)
 
 
@@ -53,11 +55,14 @@ class IscsiLun:
 class ImageSpec:
     """An image to open: ``driver`` is its format (qcow2, raw), given and never probed; exactly one of ``path`` (a file
     or a block device) and ``iscsi``. Backing files follow the headers, each of which must name the next one's format.
+
+    ``compress``: what is written to it is stored compressed; writes must be whole clusters then.
     """
 
     driver: str
     path: str | None = None
     iscsi: IscsiLun | None = None
+    compress: bool = False
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.iscsi is None):
@@ -164,6 +169,8 @@ class StorageDaemon:
             raise InvalidArgument(f"qemu-storage-daemon: there is an export named {name} already")
         node = f"e{next(self._numbers)}"
         blockdev = await self._blockdev(spec, writable)
+        if spec.compress:
+            blockdev = {"driver": "compress", "file": blockdev, "read-only": not writable}
         await self._execute("blockdev-add", {"node-name": node, **blockdev}, timeout=OPEN, about=str(spec))
         try:
             await self._execute("block-export-add", {
@@ -210,7 +217,7 @@ class StorageDaemon:
         for image in reversed(chain):
             top = image is chain[0]
             node = _node(image.format, _file(image.path, writable and top), writable and top)
-            if image.format != "raw":
+            if image.format in _MAY_HAVE_BACKING:
                 node["backing"] = backing  # None closes the chain: nothing is opened that is not named here
             backing = node
         assert backing is not None
