@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "guest": LEAVES | {"config"},
     "guest_helper": set(),
     "job": LEAVES | {"config", "engine", "repository", "host", "hypervisor", "guest", "restore"},
+    "exchange": LEAVES | {"config", "engine", "repository", "host", "hypervisor"},
     "restore": LEAVES | {"config", "engine", "repository", "host", "hypervisor", "job.observer", "job.options"},
     "api": LEAVES | {"job.manager", "job.options", "job.states", "job.observer"},
     "cli": LEAVES | {"api.names"},

@@ -14,10 +14,11 @@ class VolumeKind(StrEnum):
 
 
 class Method(StrEnum):
-    """How a disk is brought to T1."""
+    """How a disk is brought to T1; ``IMPORT``: it is a copy of an image file, whatever instant that shows."""
 
     GUEST_SNAPSHOT = "guest-snapshot"
     FREEZE_WINDOW = "freeze-window"
+    IMPORT = "import"
 
 
 class Consistency(StrEnum):

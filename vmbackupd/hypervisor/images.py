@@ -89,15 +89,16 @@ async def qcow2_in_use(path: str) -> bool:
     return False
 
 
-async def create_qcow2(path: str, size: int, *, compression: str = "zlib") -> None:
+async def create_qcow2(path: str, size: int, *, compression: str = "zlib", cluster_size: int = 65536) -> None:
     """A new sparse qcow2 image of ``size`` bytes; the file must not exist. Readable by its owner only.
 
     ``compression`` is what its compressed clusters, if any, are compressed with: ``zlib``, or ``zstd`` (QEMU 5.1 and
-    later read it).
+    later read it); ``cluster_size`` in bytes.
     """
     _reserve(path, 0o600)
     try:
-        await _qemu_img("create", "-q", "-f", "qcow2", "-o", f"compression_type={compression}", path, str(size))
+        await _qemu_img("create", "-q", "-f", "qcow2", "-o",
+                        f"compression_type={compression},cluster_size={cluster_size}", path, str(size))
     except BaseException:
         os.unlink(path)
         raise
@@ -111,6 +112,11 @@ async def create_overlay(path: str, size: int, backing: str, backing_format: str
     except BaseException:
         os.unlink(path)
         raise
+
+
+async def shrink_image(path: str, format: str, size: int) -> None:
+    """Cut an image to ``size`` bytes."""
+    await _qemu_img("resize", "-q", "--shrink", "-f", format, path, str(size))
 
 
 async def check_image(path: str, format: str, timeout: float) -> None:

@@ -45,8 +45,8 @@ def t1_image(repository: Repository, manifest: Manifest, record: VolumeRecord) -
         raise RepositoryCorrupt(f"backup {manifest.id}: its manifest names no image for volume {record.id}")
     image = repository.image(tree)
     if image.size != record.size:
-        raise RepositoryCorrupt(f"backup {manifest.id}: the image of volume {record.id}, {tree}, has {image.size} bytes,"
-                                f" the manifest says {record.size}")
+        raise RepositoryCorrupt(f"backup {manifest.id}: the image of volume {record.id}, {tree}, has {image.size}"
+                                f" bytes, the manifest says {record.size}")
     if record.tree is not None:
         return image
     if manifest.store is None:
