@@ -24,16 +24,27 @@ cdef enum:
     BUFFERS = 3             # packs in memory: one open, two being written
 
 
-# One chunk on its way through a worker. Its owner fills it, queues it, and takes the name when it is done.
+# Bytes of content in one job, or one chunk if that is more: what a core's second level cache holds, and few enough jobs
+# that handing them over costs nothing.
+cdef enum:
+    JOB_BYTES = 256 << 10
+
+
+# Some adjacent chunks on their way through a worker. Its owner fills it, queues it, and takes the names when it is done.
 cdef struct job_t:
     job_t *next
-    uint8_t *data
-    size_t length
-    uint64_t index
+    uint8_t *data           # the content, if fd is -1
+    size_t length           # bytes of content
+    size_t chunk            # bytes of a chunk; the last one may be shorter
+    uint64_t index          # number of the first chunk
+    int fd                  # a file that has the content, for the worker to read
+    uint64_t offset         # where in the file it begins
+    int problem             # of reading: an errno, -1 if the file ended early
     int state
     bint awaited            # somebody sleeps until it is done
-    uint32_t added          # bytes it added to the packs, 0 if the chunk was known
-    uint8_t name[32]
+    uint32_t fresh          # chunks that were not known
+    uint64_t added          # bytes they added to the packs
+    uint8_t *names          # 32 bytes a chunk; zeros for a chunk of zeros
 
 
 cdef class ChunkStore:
@@ -85,7 +96,8 @@ cdef class ChunkStore:
     cdef Codec copier(self)
     cdef void submit(self, job_t *job) noexcept nogil
     cdef void await_job(self, job_t *job) noexcept nogil
-    cdef void _work(self, Codec codec) noexcept nogil
+    cdef void _work(self, Codec codec, uint8_t *room) noexcept nogil
+    cdef void _do(self, job_t *job, Codec codec, uint8_t *room) noexcept nogil
     cdef pack_t *_next_full(self) noexcept nogil
     cdef void _watch(self) noexcept nogil
     cdef void _set_failed(self, int failure) noexcept nogil

@@ -1,7 +1,7 @@
 # cython: cdivision=True
 """A raw image file, or a block device, into a sink: its holes are asked for and never read.
 
-One thread, no GIL. The page cache does the work of several reads in flight: the kernel is told a window ahead what will
+One thread, no GIL; into the repository it plans only, and the repository's workers read. The page cache does the work of several reads in flight: the kernel is told a window ahead what will
 be wanted, so that the device is busy with the next reads while this thread hands chunks to the sink. docs/performance.md
 has the comparison with O_DIRECT.
 """
@@ -14,6 +14,7 @@ from posix.types cimport off_t
 from posix.unistd cimport SEEK_END, lseek, pread
 
 from vmbackupd.engine.buffers cimport AlignedBuffer
+from vmbackupd.engine.image cimport ImageSink
 from vmbackupd.engine.progress cimport Progress
 from vmbackupd.engine.sink cimport ChunkSink, chunk_count, chunk_length
 from vmbackupd.engine.zero cimport is_zero
@@ -40,6 +41,7 @@ cdef enum:
     READ = 256 << 10                # bytes of one read: they stay in the CPU's cache until the sink has them
     CHUNK_MAX = 4 << 20
     STEP = 1 << 20                  # bytes of one announcement to the kernel
+    LAG = 16 << 20                  # bytes that may be on their way through the repository's workers
 
 
 cdef class _FileIn:
@@ -56,11 +58,14 @@ cdef class _FileIn:
     cdef uint64_t window            # bytes announced ahead
     cdef uint64_t announced         # bytes from 0 the kernel was told of
     cdef bint drop                  # what was read leaves the page cache
+    cdef uint64_t dropped           # bytes from 0 that left it
+    cdef ImageSink image            # the sink, if its workers can read by themselves; else None
 
     def __cinit__(self, int fd, str label, ChunkSink sink, Progress progress, uint64_t window, bint drop):
         self.fd = fd
         self.label = label
         self.sink = sink
+        self.image = sink if isinstance(sink, ImageSink) else None
         self.progress = progress
         self.size = sink.size
         self.chunk = sink.chunk_size
@@ -78,6 +83,10 @@ cdef class _FileIn:
             if start < end:
                 self.data(chunk_count(end, <uint32_t>self.chunk), end)
             at = end
+        if self.image is not None:
+            self.image.settle()
+        if self.drop:
+            self.forget(self.size)
         return 0
 
     cdef int next_data(self, uint64_t at, uint64_t *start, uint64_t *end) except -1 nogil:
@@ -133,11 +142,24 @@ cdef class _FileIn:
             at = self.done * self.chunk
             length = min(count * self.chunk, self.size - at)
             self.announce(at, stop)
-            self.read(at, length)
-            self.deliver(length)
+            if self.image is not None:      # its workers read: see chunkstore
+                self.image.put_file(self.fd, self.done, count)
+                self.progress.bytes_read += length
+                self.progress.bytes_done += length
+                self.done += count
+            else:
+                self.read(at, length)
+                self.deliver(length)
             if self.drop:
-                posix_fadvise(self.fd, at, length, POSIX_FADV_DONTNEED)
+                self.forget(at + length)
         return 0
+
+    cdef void forget(self, uint64_t end) noexcept nogil:
+        """Drops the file's pages up to ``end``, but those the repository's workers may not have read yet."""
+        cdef uint64_t lag = LAG if self.image is not None and end < self.size else 0
+        if end > self.dropped + lag:
+            posix_fadvise(self.fd, self.dropped, end - lag - self.dropped, POSIX_FADV_DONTNEED)
+            self.dropped = end - lag
 
     cdef void announce(self, uint64_t at, uint64_t stop) noexcept nogil:
         """Tells the kernel what will be wanted, as long as it is data."""
@@ -206,5 +228,12 @@ def read_file(int fd, ChunkSink sink not None, Progress progress not None, *, st
     if progress.bytes_total == 0:
         progress.bytes_total = sink.size
     work = _FileIn(fd, label, sink, progress, window, drop_cache)
-    with nogil:
-        work.run()
+    if work.image is not None:
+        work.image.label = label
+    try:
+        with nogil:
+            work.run()
+    finally:
+        if work.image is not None:
+            with nogil:
+                work.image.wait()

@@ -12,13 +12,28 @@ cdef class ImageSink(ChunkSink):           # one thread at a time
     cdef ChunkStore store
     cdef TreeBuilder builder
     cdef job_t *ring                       # jobs are taken back in the order they were given
-    cdef uint8_t *memory                   # a chunk for each of them
+    cdef uint8_t *memory                   # content of each of them
+    cdef uint8_t *names                    # names of each of them
+    cdef size_t room                       # bytes of content of a job
     cdef int length                        # jobs in the ring
     cdef int next                          # where the next one goes
+    cdef bint filling                      # that one has chunks already and waits for more
     cdef bint finished
     cdef readonly uint64_t chunks_new
     cdef uint64_t chunk_bytes
+    cdef str label                         # of the file that is read, for errors
+    # `count` chunks from number `first` on, which a worker of the store reads from the same place in a file. The
+    # descriptor must stay open until settle() or wait(). An error of reading is a SourceError of a later call.
+    cdef int put_file(self, int fd, uint64_t first, uint64_t count) except -1 nogil
+    # Everything that was put is in the tree.
+    cdef int settle(self) except -1 nogil
+    # No worker reads a file or our memory any more, whatever went wrong.
+    cdef void wait(self) noexcept nogil
+    cdef job_t *_begin(self, uint64_t index) except NULL nogil
+    cdef int _reclaim(self, int number, int count) except -1 nogil
+    cdef void _submit(self) noexcept nogil
     cdef int _collect(self, job_t *job) except -1 nogil
+    cdef int _unread(self, job_t *job) except -1 nogil
     cdef int _drain(self) except -1 nogil
     cdef int _refuse(self, uint64_t index, uint64_t count, size_t length) except -1 nogil
 

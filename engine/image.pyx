@@ -1,6 +1,8 @@
 # cython: cdivision=True
 """Images in the repository: written chunk by chunk in any order, read by chunk or by range."""
 
+import os
+
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -8,16 +10,17 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
 from vmbackupd.engine.chunkreader cimport ChunkReader
-from vmbackupd.engine.chunkstore cimport JOB_IDLE, ChunkStore, job_t
-from vmbackupd.engine.layout cimport KIND_CHUNK, is_zero_name
+from vmbackupd.engine.chunkstore cimport JOB_BYTES, JOB_IDLE, ChunkStore, job_t
+from vmbackupd.engine.layout cimport KIND_CHUNK, NAME, is_zero_name
 from vmbackupd.engine.sink cimport ChunkSink, ChunkSource, chunk_length
 from vmbackupd.engine.tree cimport TreeBuilder, TreeReader
 from vmbackupd.engine.zero cimport is_zero
 
-from vmbackupd.errors import InvalidArgument, RepositoryCorrupt
+from vmbackupd.errors import InvalidArgument, RepositoryCorrupt, SourceError
 
 cdef enum:
-    RING = 32               # chunks of an image on their way at once: 2 MiB of memory at 64 KiB a chunk
+    RING = 48               # jobs of an image on their way at once; waiting for half of them is rare then
+    MEMORY = 8              # those of them whose content we hold: 2 MiB
 
 
 @cython.no_gc_clear          # __dealloc__ needs the store
@@ -27,26 +30,32 @@ cdef class ImageSink(ChunkSink):
 
     def __cinit__(self, ChunkStore store not None, TreeBuilder builder not None):
         cdef int i
+        cdef size_t chunks
         self.store = store
         self.builder = builder
         self.size = builder.shape.size
         self.chunk_size = builder.shape.chunk_size
         self.length = RING
+        self.label = "file"
+        chunks = max(<size_t>1, <size_t>JOB_BYTES // self.chunk_size)
+        self.room = chunks * self.chunk_size
         self.ring = <job_t *>calloc(self.length, sizeof(job_t))
-        self.memory = <uint8_t *>malloc(self.length * <size_t>self.chunk_size)
-        if self.ring == NULL or self.memory == NULL:
+        self.memory = <uint8_t *>malloc(MEMORY * self.room)
+        self.names = <uint8_t *>malloc(self.length * chunks * NAME)
+        if self.ring == NULL or self.memory == NULL or self.names == NULL:
             raise MemoryError
         for i in range(self.length):
-            self.ring[i].data = self.memory + i * <size_t>self.chunk_size
+            self.ring[i].data = self.memory + i % MEMORY * self.room
+            self.ring[i].names = self.names + i * chunks * NAME
+            self.ring[i].chunk = self.chunk_size
 
     def __dealloc__(self):
-        cdef int i
-        if self.ring != NULL and self.memory != NULL:
+        if self.ring != NULL:
             with nogil:
-                for i in range(self.length):      # a worker may still be reading from this memory
-                    self.store.await_job(&self.ring[i])
+                self.wait()      # a worker may still be reading from this memory
         free(self.ring)
         free(self.memory)
+        free(self.names)
 
     cdef int put(self, uint64_t index, const uint8_t *data, size_t length) except -1 nogil:
         cdef job_t *job
@@ -55,41 +64,114 @@ cdef class ImageSink(ChunkSink):
         if is_zero(data, length):
             return self.put_zero(index, 1)
         job = &self.ring[self.next]
-        if job.state != JOB_IDLE:
-            # The ring is full. Sleep until half of it is done, not for every single job.
-            self.store.await_job(&self.ring[(self.next + self.length // 2) % self.length])
-            self._collect(job)
-        memcpy(job.data, data, length)
-        job.index = index
-        job.length = length
-        self.next = (self.next + 1) % self.length
-        self.store.submit(job)
+        if self.filling and index != job.index + job.length // self.chunk_size:
+            self._submit()
+        if not self.filling:
+            job = self._begin(index)
+            self._reclaim(self.next + self.length - MEMORY, MEMORY // 2)      # the first of them has the same memory
+            self.filling = True
+        memcpy(job.data + job.length, data, length)
+        job.length += length
+        if job.length == self.room or length < self.chunk_size:
+            self._submit()
+        return 0
+
+    cdef int put_file(self, int fd, uint64_t first, uint64_t count) except -1 nogil:
+        cdef job_t *job
+        cdef uint64_t part
+        if self.finished or first > self.builder.shape.chunks or count > self.builder.shape.chunks - first:
+            self._refuse(first, count, 0)
+        self._submit()
+        while count:
+            part = min(count, self.room // self.chunk_size)
+            job = self._begin(first)
+            job.fd = fd
+            job.offset = first * self.chunk_size
+            job.length = min(part * self.chunk_size, self.size - job.offset)
+            self.filling = True
+            self._submit()
+            first += part
+            count -= part
         return 0
 
     cdef int put_zero(self, uint64_t first, uint64_t count) except -1 nogil:
         cdef int i
+        cdef job_t *job
         if self.finished or first > self.builder.shape.chunks or count > self.builder.shape.chunks - first:
             self._refuse(first, count, 0)
         for i in range(self.length):
-            if self.ring[i].state != JOB_IDLE and first <= self.ring[i].index < first + count:
+            job = &self.ring[i]
+            if job.length and job.index < first + count and first < job.index + (
+                job.length + self.chunk_size - 1
+            ) // self.chunk_size:
                 self._drain()
                 break
         return self.builder.set_zero(first, count)
 
-    # Waits for a job, enters its name into the tree and makes the job free.
-    cdef int _collect(self, job_t *job) except -1 nogil:
-        if job.state != JOB_IDLE:
-            self.store.await_job(job)
-            self.store.check()
-            job.state = JOB_IDLE
-            if job.added:
-                self.chunks_new = self.chunks_new + 1
-                self.chunk_bytes = self.chunk_bytes + job.added
-            self.builder.set(job.index, job.name)
+    # The next job of the ring, free and with nothing in it.
+    cdef job_t *_begin(self, uint64_t index) except NULL nogil:
+        cdef job_t *job = &self.ring[self.next]
+        self._reclaim(self.next, self.length // 2)
+        job.index = index
+        job.length = 0
+        job.fd = -1
+        job.problem = 0
+        job.fresh = 0
+        job.added = 0
+        return job
+
+    # Makes job `number` free. If it is not yet, sleeps until the `count` jobs from there on are done: waking up for every
+    # single one would cost more than the rest of this thread's work.
+    cdef int _reclaim(self, int number, int count) except -1 nogil:
+        cdef int i
+        if self.ring[number % self.length].state == JOB_IDLE:
+            return 0
+        self.store.await_job(&self.ring[(number + count - 1) % self.length])
+        for i in range(count):
+            self._collect(&self.ring[(number + i) % self.length])
         return 0
+
+    # Hands over the job that is being filled, if there is one.
+    cdef void _submit(self) noexcept nogil:
+        if self.filling:
+            self.filling = False
+            self.store.submit(&self.ring[self.next])
+            self.next = (self.next + 1) % self.length
+
+    cdef int settle(self) except -1 nogil:
+        return self._drain()
+
+    cdef void wait(self) noexcept nogil:
+        cdef int i
+        for i in range(self.length):
+            self.store.await_job(&self.ring[i])
+
+    # Waits for a job, enters its names into the tree and makes the job free.
+    cdef int _collect(self, job_t *job) except -1 nogil:
+        cdef size_t number
+        if job.state == JOB_IDLE:
+            return 0
+        self.store.await_job(job)
+        self.store.check()
+        job.state = JOB_IDLE
+        if job.problem:
+            self._unread(job)
+        self.chunks_new = self.chunks_new + job.fresh
+        self.chunk_bytes = self.chunk_bytes + job.added
+        for number in range((job.length + self.chunk_size - 1) // self.chunk_size):
+            self.builder.set(job.index + number, job.names + number * NAME)
+        job.length = 0
+        return 0
+
+    cdef int _unread(self, job_t *job) except -1 nogil:
+        with gil:
+            if job.problem < 0:
+                raise SourceError(f"{self.label}: it ends before byte {job.offset + job.length}: it was truncated meanwhile")
+            raise SourceError(f"{self.label}: reading {job.length} bytes at {job.offset}: {os.strerror(job.problem)}")
 
     cdef int _drain(self) except -1 nogil:
         cdef int i
+        self._submit()
         for i in range(self.length):
             self._collect(&self.ring[(self.next + i) % self.length])
         return 0

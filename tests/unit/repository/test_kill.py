@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.unit.repository.repository_support import CHUNK, make, objects, reopen, sparse_image, store
+from tests.unit.repository.repository_support import CHUNK, SETTINGS, make, objects, reopen, sparse_image, store
 from vmbackupd.repository.catalog import INDEXES, PACKS, index_name
 from vmbackupd.repository.repository import MANIFESTS, SESSIONS
 
@@ -95,8 +95,12 @@ def test_living_writers_are_left_alone(tmp_path: Path) -> None:
         sink = writer.image(200 * CHUNK)
         sink.write(0, random.Random(1).randbytes(200 * CHUNK))
         sink.finish()
+        full = 200 * (CHUNK + 48) // SETTINGS.pack_size  # packs on their way; the last one stays open
+        deadline = time.monotonic() + 20
+        while len(list(tmp_path.glob(f"{PACKS}/*/*"))) < full and time.monotonic() < deadline:
+            time.sleep(0.01)
         before = objects(tmp_path)
-        assert [name for name in before if name.startswith(PACKS)]
+        assert sum(name.startswith(PACKS) for name in before) == full
         assert reopen(tmp_path).clean_up() == 0
         assert before.items() <= objects(tmp_path).items()  # another pack may have been on its way
     assert objects(tmp_path) == {}
