@@ -1,0 +1,176 @@
+"""The project's side of a measurement: one work in this process, timed from the moment it has its arguments.
+
+A daemon does this work in the product, so the start of the interpreter and the imports (about 0.2 s) do not count;
+opening the repository, publishing and closing do. Prints a line of JSON: ``seconds`` and ``bytes_in``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tests.bench.measure import CHUNK
+from tests.bench.sources import fill_from_file, fill_from_nbd
+from vmbackupd.engine.image import ImageSink
+from vmbackupd.model import Consistency, Method, RevertMode, VolumeKind, VolumeRecord
+from vmbackupd.repository import LocalStorage, Manifest, Repository, RepositoryWriter, VmIdentity
+
+TRACKED_SIZE = 2**40
+TRACKED_USED = 10 * 2**30
+
+
+def publish(writer: RepositoryWriter, images: Sequence[tuple[str, int]]) -> None:
+    """End the backup with these (tree, size) as its volumes."""
+    volumes = tuple(
+        VolumeRecord(f"vd{number}", VolumeKind.VIRTUAL, Method.GUEST_SNAPSHOT, Consistency.APPLICATION, size, tree)
+        for number, (tree, size) in enumerate(images)
+    )
+    now = time.time()
+    vm = VmIdentity("bench", "6f1d1c1e-0000-4000-8000-000000000001")
+    writer.publish(Manifest(f"bench-{time.time_ns()}", vm, now, now, now, 0.0, RevertMode.BACKUP, volumes))
+
+
+def create(path: Path) -> Repository:
+    """A new repository."""
+    storage = LocalStorage(path)
+    storage.create()
+    return Repository.create(storage)
+
+
+def latest(repository: Repository) -> tuple[str, int]:
+    """(tree, size) of the first volume of the newest backup."""
+    record = repository.manifest(repository.backups()[-1].id).volumes[0]
+    assert record.tree is not None
+    return record.tree, record.size
+
+
+def backup(repository: Repository, size: int, fill: Callable[[ImageSink], None]) -> None:
+    """One backup of one image."""
+    with repository.writer() as writer:
+        sink = writer.image(size)
+        fill(sink)
+        publish(writer, [(sink.finish(), size)])
+
+
+# ---- the works
+
+
+def full(args: argparse.Namespace) -> int:
+    size = args.image.stat().st_size
+    with create(args.repository) as repository:
+        backup(repository, size, lambda sink: fill_from_file(sink, args.image))
+    return args.image.stat().st_blocks * 512
+
+
+def scan(args: argparse.Namespace) -> int:
+    size = args.image.stat().st_size
+    with Repository.open(LocalStorage(args.repository)) as repository:
+        backup(repository, size, lambda sink: fill_from_file(sink, args.image))
+    return args.image.stat().st_blocks * 512
+
+
+def tracked(args: argparse.Namespace) -> int:
+    """Change tracking says that nothing changed."""
+    with Repository.open(LocalStorage(args.repository)) as repository, repository.writer() as writer:
+        tree, size = latest(repository)
+        publish(writer, [(writer.update(tree).finish(), size)])
+    return 0
+
+
+def changed(args: argparse.Namespace) -> int:
+    """Change tracking says which chunks changed: those in the file of changes."""
+    numbers = json.loads(args.changes.read_text())
+    with Repository.open(LocalStorage(args.repository)) as repository, repository.writer() as writer:
+        tree, size = latest(repository)
+        sink = writer.update(tree)
+        with args.image.open("rb") as file:
+            for number in numbers:
+                sink.write(number * CHUNK, os.pread(file.fileno(), CHUNK, number * CHUNK))
+        publish(writer, [(sink.finish(), size)])
+    return len(numbers) * CHUNK
+
+
+def restore(args: argparse.Namespace) -> int:
+    with Repository.open(LocalStorage(args.repository)) as repository:
+        tree, size = latest(repository)
+        image = repository.image(tree)
+        with args.image.open("wb") as file:
+            file.truncate(size)
+            for offset, length in image.extents():
+                for at in range(offset, offset + length, 4 * 2**20):
+                    os.pwrite(file.fileno(), image.read(at, min(4 * 2**20, offset + length - at)), at)
+        return image.data_bytes()
+
+
+def verify(args: argparse.Namespace) -> int:
+    raise NotImplementedError("verify is not part of the project yet")
+
+
+def parallel(args: argparse.Namespace) -> int:
+    """As many backups at once as there are sockets, into one repository."""
+    with create(args.repository) as repository, repository.writer() as writer:
+        made: list[tuple[str, int]] = [("", 0)] * len(args.sockets)
+
+        def one(number: int, size: int) -> None:
+            sink = writer.image(size)
+            fill_from_nbd(sink, args.sockets[number])
+            made[number] = (sink.finish(), size)
+
+        size = args.image.stat().st_size // len(args.sockets)
+        threads = [threading.Thread(target=one, args=(number, size)) for number in range(len(args.sockets))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        publish(writer, made)
+    return args.image.stat().st_blocks * 512
+
+
+def prepare_tracked(args: argparse.Namespace) -> int:
+    """A 1 TiB image with 10 GiB in use, spread over all of it in runs of 16 MiB."""
+    rng = random.Random(1)
+    run = 256
+    with create(args.repository) as repository, repository.writer() as writer:
+        sink = writer.image(TRACKED_SIZE)
+        pattern = bytearray(rng.randbytes(64) * (CHUNK // 64))
+        for first in sorted(rng.sample(range(0, TRACKED_SIZE // CHUNK, run), TRACKED_USED // CHUNK // run)):
+            for number in range(first, first + run):
+                pattern[:8] = number.to_bytes(8, "little")
+                sink.write(number * CHUNK, pattern)
+        publish(writer, [(sink.finish(), TRACKED_SIZE)])
+    return TRACKED_USED
+
+
+WORKS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "full": full,
+    "scan": scan,
+    "tracked": tracked,
+    "changed": changed,
+    "restore": restore,
+    "verify": verify,
+    "parallel": parallel,
+    "prepare-tracked": prepare_tracked,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.ours")
+    parser.add_argument("work", choices=sorted(WORKS))
+    parser.add_argument("--repository", type=Path, required=True)
+    parser.add_argument("--image", type=Path)
+    parser.add_argument("--changes", type=Path)
+    parser.add_argument("--sockets", nargs="*", default=[])
+    args = parser.parse_args()
+    began = time.monotonic()
+    bytes_in = WORKS[args.work](args)
+    print(json.dumps({"seconds": time.monotonic() - began, "bytes_in": bytes_in}))
+
+
+if __name__ == "__main__":
+    main()
