@@ -183,3 +183,9 @@ class NotEncrypted(BackupError):
     """A key is configured, but the repository is not encrypted: perhaps somebody put another in its place."""
 
     code = "NotEncrypted"
+
+
+class ServeFailed(BackupError):
+    """The NBD server of a backup's volume did not start, or ended by itself."""
+
+    code = "ServeFailed"

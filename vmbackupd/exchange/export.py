@@ -61,9 +61,16 @@ class ExportTarget:
             raise InvalidArgument(f"a {self.format} image cannot be compressed: choose qcow2, or no compression")
 
 
-async def export_volume(repository: Repository, manifest: Manifest, volume: str, target: ExportTarget, *,
-                        storage_daemon: Callable[[], StorageDaemon], observer: Observer,
-                        on_effect: OnEffect) -> dict[str, object]:
+async def export_volume(
+    repository: Repository,
+    manifest: Manifest,
+    volume: str,
+    target: ExportTarget,
+    *,
+    storage_daemon: Callable[[], StorageDaemon],
+    observer: Observer,
+    on_effect: OnEffect,
+) -> dict[str, object]:
     """Write volume ``volume`` of a backup, as of T1, to a new sparse file; returns what was done.
 
     The file bears its name when it is complete, durable and (qcow2) checked; until then it is ``PATH.part``, of which
@@ -101,9 +108,16 @@ async def export_volume(repository: Repository, manifest: Manifest, volume: str,
             raise TargetRefused(f"volume {volume} of backup {manifest.id} was not exported: {error}") from error
         raise
     file.keep()
-    return {"backup": manifest.id, "volume": volume, "path": target.path, "format": target.format,
-            "compression": target.compression, "size": record.size, "allocated": allocated,
-            "seconds": round(time.monotonic() - began, 3)}
+    return {
+        "backup": manifest.id,
+        "volume": volume,
+        "path": target.path,
+        "format": target.format,
+        "compression": target.compression,
+        "size": record.size,
+        "allocated": allocated,
+        "seconds": round(time.monotonic() - began, 3),
+    }
 
 
 # ---- before
@@ -137,8 +151,10 @@ def _check_space(image: ChunkSource, target: ExportTarget) -> None:
     need = _data_bytes(image)
     free = _free(target.path)
     if need > free:
-        raise TargetRefused(f"{target.path}: the image has {human(need)} of data, its filesystem has"
-                            f" {human(free)} free; free some, or name another place")
+        raise TargetRefused(
+            f"{target.path}: the image has {human(need)} of data, its filesystem has"
+            f" {human(free)} free; free some, or name another place"
+        )
 
 
 def _data_bytes(image: ChunkSource) -> int:
@@ -167,8 +183,14 @@ async def _create(file: NewFile, size: int, cluster: int, target: ExportTarget) 
         await create_qcow2(file.part, size, compression=target.compression or "zlib", cluster_size=cluster)
 
 
-async def _write(image: ChunkSource, record: VolumeRecord, target: ExportTarget, file: NewFile,
-                 storage_daemon: Callable[[], StorageDaemon], observer: Observer) -> None:
+async def _write(
+    image: ChunkSource,
+    record: VolumeRecord,
+    target: ExportTarget,
+    file: NewFile,
+    storage_daemon: Callable[[], StorageDaemon],
+    observer: Observer,
+) -> None:
     progress = Progress(record.size)
     spec = ImageSpec(target.format, file.part, compress=target.compression is not None)
 
@@ -180,12 +202,16 @@ async def _write(image: ChunkSource, record: VolumeRecord, target: ExportTarget,
         async with AsyncExitStack() as stack:
             daemon = await stack.enter_async_context(storage_daemon())
             export = await daemon.export("export", spec, writable=True)
-            await in_thread(lambda: copy(export), progress,
-                            lambda: observer.progress(min(progress.bytes_done, record.size), record.size))
+            await in_thread(
+                lambda: copy(export),
+                progress,
+                lambda: observer.progress(min(progress.bytes_done, record.size), record.size),
+            )
     except BackupError as error:
         if isinstance(error, TargetError) and _free(target.path) < ALMOST_FULL:
-            raise TargetError(f"volume {record.id} was not exported to {target.path}: its filesystem is full"
-                              f" ({human(_free(target.path))} free); free some, or name another place ({error})"
-                              ) from error
+            raise TargetError(
+                f"volume {record.id} was not exported to {target.path}: its filesystem is full"
+                f" ({human(_free(target.path))} free); free some, or name another place ({error})"
+            ) from error
         kind = type(error)
         raise kind(f"volume {record.id} was not exported to {target.path}: {error}") from error

@@ -46,8 +46,9 @@ _QCOW2_INCOMPATIBLE = (72, struct.Struct(">Q"))
 _QCOW2_EXTERNAL_DATA = 1 << 2
 # little-endian: magic, version, flags, capacity, grain size, descriptor's offset and length in sectors
 _VMDK = struct.Struct("<4sIIQQQQ")
-_VMDK_PARENT = re.compile(rb"^\s*(?:parentCID\s*=\s*(?!ffffffff\b)|parentFileNameHint\s*=)",
-                          re.MULTILINE | re.IGNORECASE)
+_VMDK_PARENT = re.compile(
+    rb"^\s*(?:parentCID\s*=\s*(?!ffffffff\b)|parentFileNameHint\s*=)", re.MULTILINE | re.IGNORECASE
+)
 
 
 def find_format(path: str, fd: int, stated: str | None) -> str:
@@ -66,16 +67,20 @@ def find_format(path: str, fd: int, stated: str | None) -> str:
             raise InvalidArgument(f"{path} is no {stated} image: it does not begin like one; state its format")
         return stated
     if (other := _matching(head, FOREIGN)) is not None:
-        raise InvalidArgument(f"{path} looks like a {other} image, which cannot be imported: convert it with qemu-img,"
-                              " or, if it is a raw disk that only begins like one, state the format raw")
+        raise InvalidArgument(
+            f"{path} looks like a {other} image, which cannot be imported: convert it with qemu-img,"
+            " or, if it is a raw disk that only begins like one, state the format raw"
+        )
     named = SUFFIXES.get(os.path.splitext(path)[1].lower())
     if seen is None and named in (None, "raw"):
         return "raw"
     if seen is None or seen != named:
         begins = f"begins like a {seen} image" if seen else "does not begin like an image of any format known here"
-        raise InvalidArgument(f"{path} {begins}, and its name does not say the same: state its format ({seen or named}"
-                              " or raw). A guest chooses the first bytes of its raw disk, so they alone are not"
-                              " believed")
+        raise InvalidArgument(
+            f"{path} {begins}, and its name does not say the same: state its format ({seen or named}"
+            " or raw). A guest chooses the first bytes of its raw disk, so they alone are not"
+            " believed"
+        )
     return seen
 
 
@@ -109,8 +114,10 @@ def _check_qcow2(path: str, fd: int, backing: bool) -> None:
         raise InvalidArgument(f"{path} keeps its data in another file: import a copy made with qemu-img convert")
     if offset and not backing:
         name = os.pread(fd, min(length, NAME_LIMIT), offset).decode(errors="replace")
-        raise InvalidArgument(f"{path} is an overlay of {name!r}: import a copy made with qemu-img convert, or allow"
-                              " backing files if that file, and what it may be based on, is what you expect")
+        raise InvalidArgument(
+            f"{path} is an overlay of {name!r}: import a copy made with qemu-img convert, or allow"
+            " backing files if that file, and what it may be based on, is what you expect"
+        )
 
 
 def _check_vmdk(path: str, fd: int) -> None:

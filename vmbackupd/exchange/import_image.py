@@ -57,9 +57,16 @@ class _Source:
     size: int
 
 
-async def import_images(repository: Repository, backup: str, name: str, images: Sequence[ImageFile], *,
-                        storage_daemon: Callable[[], StorageDaemon], observer: Observer,
-                        allow_backing: bool = False) -> Manifest:
+async def import_images(
+    repository: Repository,
+    backup: str,
+    name: str,
+    images: Sequence[ImageFile],
+    *,
+    storage_daemon: Callable[[], StorageDaemon],
+    observer: Observer,
+    allow_backing: bool = False,
+) -> Manifest:
     """Store image files as the backup ``backup`` of a VM ``name``; returns the manifest that was published.
 
     Imports under one name count as backups of one VM. Images that lead to other files are refused; ``allow_backing``
@@ -83,8 +90,10 @@ async def import_images(repository: Repository, backup: str, name: str, images: 
 
 def _check_request(name: str, images: Sequence[ImageFile]) -> None:
     if not name.strip() or not name.isprintable() or len(name.encode()) > 200 or "/" in name or name.startswith("."):
-        raise InvalidArgument(f"{name!r} cannot be the name of a VM: expected printable characters without a slash or a"
-                              " leading dot, at most 200 bytes")
+        raise InvalidArgument(
+            f"{name!r} cannot be the name of a VM: expected printable characters without a slash or a"
+            " leading dot, at most 200 bytes"
+        )
     if not images:
         raise InvalidArgument("there is no image to import")
     volumes = [image.volume for image in images]
@@ -132,8 +141,14 @@ async def _size(image: ImageFile, fd: int, format: str) -> int:
     return size
 
 
-async def _store(writer: RepositoryWriter, backup: str, name: str, sources: Sequence[_Source],
-                 storage_daemon: Callable[[], StorageDaemon], observer: Observer) -> Manifest:
+async def _store(
+    writer: RepositoryWriter,
+    backup: str,
+    name: str,
+    sources: Sequence[_Source],
+    storage_daemon: Callable[[], StorageDaemon],
+    observer: Observer,
+) -> Manifest:
     began = time.time()
     total = sum(source.size for source in sources)
     done, records = 0, []
@@ -152,9 +167,17 @@ async def _store(writer: RepositoryWriter, backup: str, name: str, sources: Sequ
         observer.progress(done, total)
     observer.step("seal")
     manifest = Manifest(
-        id=backup, vm=VmIdentity(name, str(uuid.uuid5(_NAMESPACE, name))), created=time.time(), t1=began, t2=began,
-        freeze_ms=0.0, revert=RevertMode.BACKUP, volumes=tuple(records),
-        guest={"imported": True, "imported_on": socket.gethostname()}, tool_version=vmbackupd.__version__)
+        id=backup,
+        vm=VmIdentity(name, str(uuid.uuid5(_NAMESPACE, name))),
+        created=time.time(),
+        t1=began,
+        t2=began,
+        freeze_ms=0.0,
+        revert=RevertMode.BACKUP,
+        volumes=tuple(records),
+        guest={"imported": True, "imported_on": socket.gethostname()},
+        tool_version=vmbackupd.__version__,
+    )
     # Publishing is not cut off half way: a cancellation that comes now waits, and comes too late.
     publishing = asyncio.ensure_future(asyncio.to_thread(writer.publish, manifest))
     while not publishing.done():
@@ -166,8 +189,13 @@ async def _store(writer: RepositoryWriter, backup: str, name: str, sources: Sequ
     return manifest
 
 
-async def _store_one(writer: RepositoryWriter, source: _Source, progress: Progress, report: Callable[[], None],
-                     storage_daemon: Callable[[], StorageDaemon]) -> VolumeRecord:
+async def _store_one(
+    writer: RepositoryWriter,
+    source: _Source,
+    progress: Progress,
+    report: Callable[[], None],
+    storage_daemon: Callable[[], StorageDaemon],
+) -> VolumeRecord:
     sink = writer.image(source.size)
     if source.format == "raw":
         await in_thread(lambda: read_file(source.fd, sink, progress, label=source.file.path), progress, report)
@@ -175,13 +203,25 @@ async def _store_one(writer: RepositoryWriter, source: _Source, progress: Progre
         await _through_qemu(source, sink, progress, report, storage_daemon)
     tree = await asyncio.to_thread(sink.finish)
     return VolumeRecord(
-        id=source.file.volume, kind=VolumeKind.VIRTUAL, method=Method.IMPORT, consistency=Consistency.CRASH,
-        size=source.size, tree=tree, bytes_read=progress.bytes_read, bytes_stored=sink.bytes_stored,
-        details={"imported": {"path": source.file.path, "format": source.format}})
+        id=source.file.volume,
+        kind=VolumeKind.VIRTUAL,
+        method=Method.IMPORT,
+        consistency=Consistency.CRASH,
+        size=source.size,
+        tree=tree,
+        bytes_read=progress.bytes_read,
+        bytes_stored=sink.bytes_stored,
+        details={"imported": {"path": source.file.path, "format": source.format}},
+    )
 
 
-async def _through_qemu(source: _Source, sink: ImageSink, progress: Progress, report: Callable[[], None],
-                        storage_daemon: Callable[[], StorageDaemon]) -> None:
+async def _through_qemu(
+    source: _Source,
+    sink: ImageSink,
+    progress: Progress,
+    report: Callable[[], None],
+    storage_daemon: Callable[[], StorageDaemon],
+) -> None:
     """Formats only QEMU reads: it exports the image read-only, in a process of its own."""
     async with storage_daemon() as daemon:
         export = await daemon.export("import", ImageSpec(source.format, source.file.path))

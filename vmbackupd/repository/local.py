@@ -45,6 +45,10 @@ class LocalStorage:
         self._directories: set[str] = set()
         self._unnamed = True  # does the filesystem have O_TMPFILE? found out by trying
 
+    def __reduce__(self) -> tuple[type[LocalStorage], tuple[str]]:
+        """Pickled by place: the copy opens it for itself."""
+        return LocalStorage, (os.path.abspath(self.path),)
+
     def __repr__(self) -> str:
         return f"LocalStorage({str(self.path)!r})"
 
