@@ -17,7 +17,7 @@ cdef bytes _digest(const uint8_t *key, const uint8_t[::1] data, int lanes):
     cdef uint8_t out[32]
     cdef size_t length = data.shape[0]
     cdef const uint8_t *start = &data[0] if length else out
-    if lanes not in (0, 4, 8, 16) or lanes > blake3_widest():
+    if lanes not in (0, 1, 4, 8, 16) or lanes > blake3_widest():
         raise ValueError(f"no kernel of {lanes} lanes on this machine")
     with nogil:
         blake3_digest(key, start, length, lanes, out)
@@ -42,4 +42,4 @@ globals()["keyed_hash"] = globals().pop("keyed_digest")
 
 def kernels():
     """The widths (lanes) of the kernels that run here, narrowest first."""
-    return [lanes for lanes in (4, 8, 16) if lanes <= blake3_widest()]
+    return [lanes for lanes in (1, 4, 8, 16) if lanes <= blake3_widest()]

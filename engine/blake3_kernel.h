@@ -2,7 +2,8 @@
  * https://github.com/BLAKE3-team/BLAKE3-specs (sections 2.1 to 2.6).
  *
  * The input's 1 KiB chunks are hashed LANES at a time, each in one lane of GCC vectors, and so are the parents of each
- * level of the tree. The width is chosen at run time: 16 lanes with AVX-512, 8 with AVX2, else 4 (any machine).
+ * level of the tree. The width is chosen at run time: 16 lanes with AVX-512, 8 with AVX2, 4 with SSE2 (any x86-64) or
+ * NEON; one, without vectors, on any other machine.
  * Nothing is allocated; the stack holds less than 8 KiB a level of recursion, one level for each doubling above 64 KiB. */
 
 #ifndef VMBACKUPD_BLAKE3_KERNEL_H
@@ -27,7 +28,7 @@ enum {
 };
 
 /* kernels by width, and which to take */
-enum { BLAKE3_AUTO = 0, BLAKE3_LANES4 = 4, BLAKE3_LANES8 = 8, BLAKE3_LANES16 = 16 };
+enum { BLAKE3_AUTO = 0, BLAKE3_PLAIN = 1, BLAKE3_LANES4 = 4, BLAKE3_LANES8 = 8, BLAKE3_LANES16 = 16 };
 
 #define BLAKE3_IV0 0x6A09E667u
 #define BLAKE3_IV1 0xBB67AE85u
@@ -169,8 +170,12 @@ static int blake3_widest(void)
         return BLAKE3_LANES16;
     if (__builtin_cpu_supports("avx2"))
         return BLAKE3_LANES8;
-#endif
     return BLAKE3_LANES4;
+#elif defined(__ARM_NEON) || defined(__ALTIVEC__)
+    return BLAKE3_LANES4;
+#else
+    return BLAKE3_PLAIN;
+#endif
 }
 
 typedef struct {
@@ -186,6 +191,17 @@ static void blake3_many(const blake3_state *state, const uint8_t *data, size_t c
     uint8_t made[32 * 16];
     const uint8_t *inputs[16];
     flags |= state->flags;
+    if (state->lanes == BLAKE3_PLAIN) {
+        for (; count > 0; count--, data += stride, counter += (uint64_t)step, out += 32) {
+            uint32_t cv[8];
+            memcpy(cv, state->key, 32);
+            for (int block = 0; block < blocks; block++)
+                blake3_compress(cv, data + 64 * block, 64, counter,
+                                flags | (block == 0 ? first : 0) | (block == blocks - 1 ? last : 0));
+            memcpy(out, cv, 32);
+        }
+        return;
+    }
     while (count > 0) {
         int lanes = state->lanes;
         /* half-empty vectors cost as much as full ones */
