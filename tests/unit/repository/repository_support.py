@@ -18,7 +18,7 @@ from vmbackupd.model import Consistency, Method, RevertMode, VolumeKind, VolumeR
 from vmbackupd.repository import LocalStorage, Manifest, ObjectInfo, Repository, Settings, VmIdentity
 from vmbackupd.repository.header import NAME as HEADER_NAME
 from vmbackupd.repository.header import Header
-from vmbackupd.repository.keys import add_slot, new_master_key
+from vmbackupd.repository.keys import KEYS, add_slot, new_master_key
 
 CHUNK = 4096
 SETTINGS = Settings(workers=2, pack_size=256 * 1024)
@@ -51,6 +51,7 @@ class FixedKey:
 
 
 FIXED_KEY = FixedKey()
+SORT = {"encrypted": False}
 
 
 def make(
@@ -59,12 +60,15 @@ def make(
     fanout: int = 16,
     chunk_size: int = CHUNK,
     settings: Settings = SETTINGS,
-    encrypted: bool = False,
+    encrypted: bool | None = None,
 ) -> Repository:
-    """A repository with small chunks and nodes, so that small images have deep trees."""
+    """A repository with small chunks and nodes, so that small images have deep trees.
+
+    ``encrypted``: None for what the fixture ``both_sorts`` says, else not.
+    """
     storage = LocalStorage(path)
     storage.create()
-    master = new_master_key() if encrypted else None
+    master = new_master_key() if (SORT["encrypted"] if encrypted is None else encrypted) else None
     header = Header.new(chunk_size=chunk_size, fanout=fanout, master=master)
     if master is not None:
         add_slot(storage, header, master, FIXED_KEY, "tests")
@@ -136,12 +140,12 @@ def store(repository: Repository, backup: str, image: bytes) -> str:
     return tree
 
 
-def objects(path: Path) -> dict[str, bytes]:
-    """All files below ``path`` but the header."""
+def objects(path: Path, *, keys: bool = False) -> dict[str, bytes]:
+    """All files below ``path`` but the header, and the key slots unless they are asked for."""
     return {
         str(file.relative_to(path)): file.read_bytes()
         for file in path.rglob("*")
-        if file.is_file() and file.name != HEADER_NAME
+        if file.is_file() and file.name != HEADER_NAME and (keys or file.parent.name != KEYS)
     }
 
 

@@ -11,9 +11,11 @@ import pytest
 from tests.unit.repository.repository_support import CHUNK, make, manifest, objects, reopen, sparse_image, volume
 from vmbackupd.errors import NotFound, RepositoryCorrupt
 
+pytestmark = pytest.mark.usefixtures("both_sorts")
+
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+def sound(both_sorts: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
     """A repository of two backups, and their images by tree."""
     path = tmp_path_factory.mktemp("sound") / "repository"
     rng = random.Random(1)
@@ -88,7 +90,7 @@ def test_damaged_objects(tmp_path: Path, sound: tuple[Path, dict[str, bytes]], k
             assert errors == []  # the packs tell everything
         elif kind == "manifests":
             assert errors
-            assert all("backup-" in error for error in errors)
+            assert all("manifest of backup " in error for error in errors)
         else:
             assert all(error.startswith("chunk ") for error in errors)
         victim.write_bytes(good)

@@ -153,7 +153,7 @@ def test_nothing_of_the_content_can_be_seen(tmp_path: Path, cipher: int) -> None
     shown = {name: name.encode() + data for name, data in objects(tmp_path / "plain").items()}
     for marker in MARKERS:  # the test would see them
         assert any(marker in data for data in shown.values()), marker
-    hidden = {name: name.encode() + data for name, data in objects(tmp_path / "secret").items()}
+    hidden = {name: name.encode() + data for name, data in objects(tmp_path / "secret", keys=True).items()}
     hidden[HEADER_NAME] = (tmp_path / "secret" / HEADER_NAME).read_bytes()
     contents = list(known(reopen(tmp_path / "secret"), tmp_path / "secret").values())
     names = [plain_hash(content) for content in contents]
@@ -440,8 +440,8 @@ def test_objects_of_another_repository(tmp_path: Path, pair: Path, kind: str) ->
     """Put under the name of one of its own, and under their own name."""
     path = tmp_path / "copy"
     shutil.copytree(pair / "one", path)
-    own = sorted(name for name in objects(path) if name.startswith(kind))[0]
-    other = sorted(name for name in objects(pair / "two") if name.startswith(kind))[0]
+    own = sorted(name for name in objects(path, keys=True) if name.startswith(kind))[0]
+    other = sorted(name for name in objects(pair / "two", keys=True) if name.startswith(kind))[0]
     (path / own).write_bytes((pair / "two" / other).read_bytes())
     if kind == "keys":
         with pytest.raises(RepositoryCorrupt, match="no key slot that is of use"):

@@ -15,6 +15,7 @@ from tests.unit.repository.repository_support import (
     CHUNK,
     SETTINGS,
     FaultyStorage,
+    keys_of,
     make,
     manifest,
     objects,
@@ -26,11 +27,14 @@ from tests.unit.repository.repository_support import (
 from vmbackupd.errors import BackupError, RepositoryFull, StorageError
 from vmbackupd.repository import LocalStorage, Repository
 
+pytestmark = pytest.mark.usefixtures("both_sorts")
+
 SIZE = 400 * CHUNK
 
 
 def backup(storage: FaultyStorage, image: bytes, backup_id: str = "two") -> None:
-    with Repository.open(storage, settings=SETTINGS) as repository, repository.writer() as writer:
+    keys = keys_of(storage.storage)
+    with Repository.open(storage, settings=SETTINGS, keys=keys) as repository, repository.writer() as writer:
         sink = writer.image(len(image))
         sink.write(0, image)
         tree = sink.finish()
@@ -83,7 +87,7 @@ def test_storage_fails_for_good_while_writing(tmp_path: Path) -> None:
     make(tmp_path)
     storage = FaultyStorage(LocalStorage(tmp_path))
     storage.always = ("put packs", RepositoryFull("disk full"))
-    repository = Repository.open(storage, settings=SETTINGS)
+    repository = Repository.open(storage, settings=SETTINGS, keys=keys_of(storage))
     with pytest.raises(RepositoryFull, match="disk full"), repository.writer() as writer:
         sink = writer.image(64 * SIZE)
         rng = random.Random(3)
@@ -97,12 +101,12 @@ def test_storage_fails_for_good_while_writing(tmp_path: Path) -> None:
 def test_read_errors(tmp_path: Path) -> None:
     tree = store(make(tmp_path), "one", sparse_image(random.Random(4), SIZE, density=1))
     storage = FaultyStorage(LocalStorage(tmp_path))
-    source = Repository.open(storage).image(tree)
+    source = Repository.open(storage, keys=keys_of(storage)).image(tree)
     image = source.read(0, SIZE)
     storage.always = ("open packs", StorageError("/repo: Input/output error"))
     assert source.read(0, SIZE) == image  # the packs are open already
     storage.always = None
-    repository = Repository.open(storage)
+    repository = Repository.open(storage, keys=keys_of(storage))
     storage.always = ("open packs", StorageError("/repo: Input/output error"))
     with pytest.raises(StorageError, match="Input/output error"):
         repository.image(tree)

@@ -9,9 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.unit.repository.repository_support import CHUNK, SETTINGS, make, objects, reopen, sparse_image, store
 from vmbackupd.repository.catalog import INDEXES, PACKS, index_name
-from vmbackupd.repository.repository import MANIFESTS, SESSIONS
+from vmbackupd.repository.repository import SESSIONS
+
+pytestmark = pytest.mark.usefixtures("both_sorts")
 
 KILLS = 20
 SIZE = 300 * CHUNK
@@ -128,7 +132,7 @@ def test_killed_after_the_index(tmp_path: Path) -> None:
     assert len(left) == len(kept) + 2
     session.write_bytes(b"{}")  # as if it had been killed
     victim = tmp_path / writer._indexes[0]
-    for path in (victim, tmp_path / MANIFESTS / "one"):
+    for path in (victim, tmp_path / repository.manifest_object("one")):
         good = path.read_bytes()
         path.write_bytes(good[:-1])
         assert reopen(tmp_path).clean_up() == 0
