@@ -86,6 +86,8 @@ class KeyFile:
     def secret(self) -> bytes:
         try:
             with open(self.path, "rb") as file:
+                if os.fstat(file.fileno()).st_mode & 0o077:
+                    log.warning("%s can be read by others than its owner: chmod 600 it", self)
                 data = file.read(LONGEST_SECRET + 1)
         except OSError as reason:
             raise KeyRequired(f"{self} cannot be read: {reason.strerror}") from reason

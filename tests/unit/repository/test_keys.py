@@ -202,6 +202,16 @@ def test_secrets_that_are_too_short(tmp_path: Path) -> None:
     assert not list((tmp_path / "repository").glob("*.json"))
 
 
+def test_a_key_file_that_others_can_read_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "key"
+    path.write_bytes(bytes(32))
+    for mode, told in ((0o600, False), (0o400, False), (0o640, True), (0o604, True)):
+        path.chmod(mode)
+        caplog.clear()
+        KeyFile(path).secret()
+        assert ("can be read by others" in caplog.text) == told
+
+
 def test_passphrases_that_look_alike_are_the_same(tmp_path: Path) -> None:
     assert Passphrase("cafe\u0301 olé".encode()).secret() == Passphrase("café ole\u0301".encode()).secret()
     (tmp_path / "file").write_bytes(b"pass word\r\nanother line\n")
