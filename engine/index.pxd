@@ -75,7 +75,7 @@ cdef class IndexSet:                      # immutable; any number of threads at 
     cdef int64_t _first(self, index_t *index, const uint8_t *name, Entry *entry) noexcept nogil
     cdef bint _is_at(self, index_t *index, uint64_t number, const uint8_t *name, Entry *entry) noexcept nogil
     cdef int _search(self, index_t *index, uint64_t block, const uint8_t *name, Entry *entry) noexcept nogil
-    cdef bint _counts(self, size_t which, const Entry *entry) noexcept nogil
+    cdef bint counts(self, size_t which, const Entry *entry) noexcept nogil
     cdef const uint8_t *pack_id(self, size_t place, uint32_t pack) noexcept nogil
 
 

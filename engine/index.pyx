@@ -576,7 +576,7 @@ cdef class IndexSet:
                 number = self._first(self.indexes[which], name, entry)
             # copies in this file lie side by side
             while number >= 0:
-                if self._counts(which, entry):
+                if self.counts(which, entry):
                     return <Py_ssize_t>place_of(which, number)
                 number += 1
                 if not self._is_at(self.indexes[which], number, name, entry):
@@ -651,7 +651,7 @@ cdef class IndexSet:
         return found
 
     # May this entry be relied on?
-    cdef bint _counts(self, size_t which, const Entry *entry) noexcept nogil:
+    cdef bint counts(self, size_t which, const Entry *entry) noexcept nogil:
         if not plausible(entry) or entry.pack >= self.indexes[which].pack_count:
             return False
         return self.usable[which] == NULL or self.usable[which][entry.pack] != 0

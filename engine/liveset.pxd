@@ -27,6 +27,10 @@ cdef class LiveSet:                       # one thread at a time
     cdef size_t room_length
     cdef int _mark(self, const uint8_t *name) noexcept nogil
     cdef int _flush(self) except -1 nogil
+    cdef void _join(self, size_t which, size_t count) noexcept nogil
+    cdef void _join_block(
+        self, size_t which, uint64_t block, const uint8_t *data, size_t at, size_t count
+    ) noexcept nogil
     cdef int _miss(self, const uint8_t *name, int kind, uint32_t root) except -1 nogil
     cdef int _walk(
         self, ChunkReader reader, Codec codec, const uint8_t *name, int level, uint32_t fanout, uint32_t root

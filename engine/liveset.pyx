@@ -1,8 +1,8 @@
 # cython: cdivision=True
 """Which records the trees of some backups refer to: one bit for each entry of an index, no sets of names.
 
-Subtrees that were walked before are not walked again. Chunks' names are collected and looked up in sorted order, so
-that each block of the index is read once for a million of them instead of once for each.
+Subtrees that were walked before are not walked again. Chunks' names are collected, sorted and merged with the index, so
+that each block is read once for a million of them instead of once for each.
 """
 
 from libc.stddef cimport size_t
@@ -11,9 +11,10 @@ from libc.stdlib cimport calloc, free, malloc, qsort
 from libc.string cimport memcmp, memcpy
 
 from vmbackupd.engine.chunkreader cimport ChunkReader
-from vmbackupd.engine.index cimport PLACE_BITS, IndexSet
+from vmbackupd.engine.index cimport PLACE_BITS, IndexSet, index_t
 from vmbackupd.engine.indexscan cimport EntryScan, item_t
 from vmbackupd.engine.layout cimport (
+    BLOCK_ENTRIES,
     ENTRY,
     KIND_CHUNK,
     KIND_NODE,
@@ -26,8 +27,10 @@ from vmbackupd.engine.layout cimport (
     decode_entry,
     is_zero_name,
     load_u32,
+    name_prefix,
     store_u32,
 )
+from vmbackupd.engine.threads cimport pthread_mutex_t, pthread_mutex_unlock
 from vmbackupd.engine.tree cimport node_decode, root_decode, shape_t
 from vmbackupd.engine.zstd cimport Codec
 
@@ -36,6 +39,7 @@ from vmbackupd.errors import RepositoryCorrupt
 cdef enum:
     PENDING = 1 << 20       # names that are looked up together: 36 MiB
     ITEM = 36               # bytes of one of them
+    FOUND = 1 << 31         # flag beside the number of its root: a usable pack holds it
     MOST_MISSING = 65536    # that are told one by one
 
 
@@ -85,6 +89,8 @@ cdef class LiveSet:
         cdef int known
         if len(root) != NAME:
             raise ValueError(f"a name has {NAME} bytes, not {len(root)}")
+        if number >= FOUND:
+            raise ValueError("too many trees")
         known = self._mark(start)
         if known == MARKED_BEFORE:
             return
@@ -164,19 +170,73 @@ cdef class LiveSet:
             byte[0] |= bit
             known = MARKED
 
-    # Looks up the chunks that were collected.
+    # Looks up the chunks that were collected: their sorted names are merged with each file's blocks.
     cdef int _flush(self) except -1 nogil:
         cdef size_t i
-        cdef const uint8_t *name
+        cdef size_t count = 0
+        cdef const uint8_t *item
         qsort(self.pending, self.waiting, ITEM, _by_name)
         for i in range(self.waiting):
-            name = self.pending + i * ITEM
-            if i and memcmp(name, name - ITEM, NAME) == 0:
-                continue
-            if self._mark(name) == UNKNOWN:
-                self._miss(name, KIND_CHUNK, load_u32(name + NAME))
+            item = self.pending + i * ITEM
+            if count == 0 or memcmp(item, self.pending + (count - 1) * ITEM, NAME) != 0:
+                if count != i:
+                    memcpy(self.pending + count * ITEM, item, ITEM)
+                count += 1
         self.waiting = 0
+        for i in range(self.index.length):
+            self._join(i, count)
+        for i in range(count):
+            item = self.pending + i * ITEM
+            if not load_u32(item + NAME) & FOUND:
+                self._miss(item, KIND_CHUNK, load_u32(item + NAME))
         return 0
+
+    # Marks the first `count` names that wait in one file. Only blocks that may hold some of them are read.
+    cdef void _join(self, size_t which, size_t count) noexcept nogil:
+        cdef index_t *index = self.index.indexes[which]
+        cdef pthread_mutex_t *lock = NULL
+        cdef const uint8_t *data
+        cdef uint64_t block, last
+        cdef size_t first = 0
+        for block in range(index.blocks):
+            if first == count:
+                return
+            # a name that sorts after the block's last one may begin as that does, so the next block's prefix counts too
+            last = index.prefixes[block + 1] if block + 1 < index.blocks else <uint64_t>-1
+            if name_prefix(self.pending + first * ITEM) > last:
+                continue
+            data = self.index.cache.borrow(index, block, &lock)
+            if data != NULL:
+                self._join_block(which, block, data, first, count)
+            pthread_mutex_unlock(lock)
+            # names below the next block's first one are done with
+            while first < count and name_prefix(self.pending + first * ITEM) < last:
+                first += 1
+
+    cdef void _join_block(
+        self, size_t which, uint64_t block, const uint8_t *data, size_t at, size_t count
+    ) noexcept nogil:
+        cdef index_t *index = self.index.indexes[which]
+        cdef uint64_t length = min(<uint64_t>BLOCK_ENTRIES, index.entries - block * BLOCK_ENTRIES)
+        cdef uint64_t number = 0
+        cdef uint64_t place
+        cdef uint8_t *item = self.pending + at * ITEM
+        cdef Entry entry
+        cdef int order
+        while number < length and at < count:
+            order = memcmp(data + number * ENTRY, item, NAME)
+            if order < 0:
+                number += 1
+            elif order > 0:
+                at += 1
+                item += ITEM
+            else:
+                decode_entry(data + number * ENTRY, &entry)
+                if self.index.counts(which, &entry):
+                    place = block * BLOCK_ENTRIES + number
+                    self.bits[which][place >> 3] |= <uint8_t>(1 << (place & 7))
+                    store_u32(item + NAME, load_u32(item + NAME) | FOUND)
+                number += 1          # other copies may follow
 
     cdef int _miss(self, const uint8_t *name, int kind, uint32_t root) except -1 nogil:
         self.missing_count += 1
