@@ -167,6 +167,37 @@ def peak() -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
 
 
+TREE_CHUNKS = 163840  # of 64 KiB: 10 GiB
+
+
+def tree_costs(path: Path, fanout: int) -> dict[str, float]:
+    """Bytes that each changed chunk adds beside its own content, for three shares of chunks changed at random. A tree
+    does not know how large its chunks are: here they are small."""
+    storage = LocalStorage(path)
+    storage.create()
+    storage.put_if_absent(HEADER_NAME, [Header.new(chunk_size=BLOCK, fanout=fanout).encode()])
+    repository = Repository.open(storage, settings=Settings(workers=2))
+    rng = random.Random(1)
+    figures: dict[str, float] = {"fanout": fanout}
+    with repository.writer() as writer:
+        sink = writer.image(TREE_CHUNKS * BLOCK)
+        for at in range(0, TREE_CHUNKS, 256):
+            sink.write(at * BLOCK, b"".join(rng.randbytes(16) * (BLOCK // 16) for _ in range(256)))
+        tree = sink.finish()
+        before = writer.bytes_stored
+        for share in (0.0001, 0.001, 0.01):
+            changed = rng.sample(range(TREE_CHUNKS), int(TREE_CHUNKS * share))
+            sink = writer.update(tree)
+            contents = [rng.randbytes(BLOCK) for _ in changed]
+            for number, content in zip(changed, contents, strict=True):
+                sink.write(number * BLOCK, content)
+            sink.finish()
+            figures[str(share)] = (writer.bytes_stored - before) / len(changed) - BLOCK
+            before = writer.bytes_stored
+    repository.close()
+    return figures
+
+
 COLUMNS = {
     "chunk": ("chunk", lambda f: f"{f['chunk'] // KIB} KiB"),
     "fan-out": ("fan-out", lambda f: str(f["fanout"])),
@@ -182,13 +213,36 @@ COLUMNS = {
 }
 
 
+def tree_table(image: Path, directory: Path) -> None:
+    print("\n**tree**: bytes beside each changed chunk, of 163840 chunks\n")
+    print("| fan-out | 0.01 % changed | 0.1 % | 1 % | nodes of 1 TiB at 64 KiB |")
+    print("| ---: | ---: | ---: | ---: | ---: |")
+    for fanout in (16, 32, 64, 128, 256, 512, 1024):
+        path = directory / "choice"
+        argv = [sys.executable, "-m", "tests.bench.choices", str(image), str(path), "--tree", str(fanout)]
+        figures = json.loads(subprocess.run(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout)
+        shutil.rmtree(path)
+        nodes, count = 0, 2**24
+        while count > 1:
+            count = -(-count // fanout)
+            nodes += count
+        shares = " | ".join(f"{figures[str(share)]:.0f}" for share in (0.0001, 0.001, 0.01))
+        print(f"| {fanout} | {shares} | {nodes} |", flush=True)
+
+
 def main() -> None:
     image, directory = Path(sys.argv[1]), Path(sys.argv[2])
     if sys.argv[3:4] == ["--one"]:
         print(json.dumps(Choice(image, directory, *map(int, sys.argv[4:7])).run()))
         return
+    if sys.argv[3:4] == ["--tree"]:
+        print(json.dumps(tree_costs(directory, int(sys.argv[4]))))
+        return
     directory.mkdir(parents=True, exist_ok=True)
-    for group in sys.argv[3:] or GROUPS:
+    for group in sys.argv[3:] or [*GROUPS, "tree"]:
+        if group == "tree":
+            tree_table(image, directory)
+            continue
         print(f"\n**{group}**\n")
         print("| " + " | ".join(title for title, _ in COLUMNS.values()) + " |")
         print("| " + " | ".join("---:" for _ in COLUMNS) + " |", flush=True)
