@@ -45,6 +45,7 @@ cdef class ChunkReader:                    # any number of threads at once
     cdef readonly size_t largest
     cdef pack_file_t files[64]             # OPEN_PACKS
     cdef uint64_t clock
+    cdef bint remote                       # packs are no files: reading one takes a round trip
     cdef pthread_mutex_t lock
     # Puts the content of chunk `name` (`kind` says which key names it) at `into`, at most `capacity` bytes; *length is
     # its length. `codec` belongs to the calling thread.
@@ -61,6 +62,10 @@ cdef class ChunkReader:                    # any number of threads at once
         self, Codec codec, const uint8_t *pack_id, const uint8_t *record, const uint8_t *name, int kind,
         const Entry *entry, uint8_t *into, size_t capacity
     ) noexcept nogil
+    # Is this the name of these bytes?
+    cdef bint is_named(self, int kind, const uint8_t *data, size_t length, const uint8_t *name) noexcept nogil
+    # Any range of a pack: FINE, PACK_MISSING, UNREADABLE or TRUNCATED.
+    cdef int fetch_range(self, const uint8_t *pack_id, uint64_t offset, uint8_t *into, size_t wanted) except -1 nogil
     cdef int _fetch(
         self, Codec codec, const uint8_t *pack_id, const Entry *entry
     ) except -1 nogil

@@ -148,10 +148,9 @@ cdef class ChunkReader:
                     length[0] = entry.raw
                     return FINE
         while True:
-            which = self.index.find(name, <size_t>(which + 1), &entry)
+            which = self.index.locate(name, <size_t>(which + 1), &entry, pack_id)
             if which < 0:
                 return problem
-            memcpy(pack_id, self.index.pack_id(<size_t>which, entry.pack), PACK_ID)
             problem = self._fetch(codec, pack_id, &entry)
             if problem == FINE:
                 problem = self.open_record(codec, pack_id, codec.room, name, kind, &entry, into, capacity)
@@ -186,23 +185,33 @@ cdef class ChunkReader:
         keyed_hash(key, into, entry.raw, tag)
         return FINE if memcmp(tag, name, NAME) == 0 else BAD_CONTENT
 
+    cdef bint is_named(self, int kind, const uint8_t *data, size_t length, const uint8_t *name) noexcept nogil:
+        cdef uint8_t tag[32]
+        keyed_hash(self.keys if kind == KIND_CHUNK else self.keys + 32, data, length, tag)
+        return memcmp(tag, name, NAME) == 0
+
     # Header and payload into codec.room.
     cdef int _fetch(self, Codec codec, const uint8_t *pack_id, const Entry *entry) except -1 nogil:
         cdef size_t wanted = RECORD_HEADER + <size_t>entry.stored
+        if wanted > codec.capacity:
+            return BAD_RECORD
+        return self.fetch_range(pack_id, entry.offset, codec.room, wanted)
+
+    cdef int fetch_range(
+        self, const uint8_t *pack_id, uint64_t offset, uint8_t *into, size_t wanted
+    ) except -1 nogil:
         cdef size_t done = 0
         cdef ssize_t got
         cdef int fd = -1
         cdef pack_file_t *slot = NULL
-        cdef int problem
-        if wanted > codec.capacity:
-            return BAD_RECORD
-        problem = self._borrow(pack_id, &slot, &fd)
+        cdef int problem = self._borrow(pack_id, &slot, &fd)
         if problem:
             return problem
         if fd < 0:
+            self.remote = True
             with gil:
                 try:
-                    data = self.storage.read_pack(pack_id[:PACK_ID], entry.offset, wanted)
+                    data = self.storage.read_pack(pack_id[:PACK_ID], offset, wanted)
                 except FileNotFoundError:
                     return PACK_MISSING
                 except StorageError as reason:
@@ -210,10 +219,10 @@ cdef class ChunkReader:
                     return UNREADABLE
                 if len(data) != wanted:
                     return TRUNCATED
-                memcpy(codec.room, <const char *>(<bytes>data), wanted)
+                memcpy(into, <const char *>(<bytes>data), wanted)
             return FINE
         while done < wanted:
-            got = pread(fd, codec.room + done, wanted - done, entry.offset + <uint64_t>done)
+            got = pread(fd, into + done, wanted - done, offset + <uint64_t>done)
             if got < 0 and errno == EINTR:
                 continue
             if got < 0:

@@ -21,11 +21,18 @@ def copy_out(
     progress: Progress,
     *,
     target_is_zero: bool,
+    in_place: bool = False,
     in_flight: int = 32,
     request: int = 256 << 10,
+    workers: int = 0,
 ) -> None:
     """Copy a whole image onto an export, then flush it. Blocking; runs without the GIL.
 
-    Zeros are written as zeroes, or left out if ``target_is_zero``. Errors: TargetRefused (read-only or too small;
+    Zeros are written as zeroes, or left out if ``target_is_zero``. With ``in_place`` (images of the repository only)
+    what the target holds is read and compared with the names of the image's chunks; only chunks that differ are read
+    from the repository and written, ``progress.bytes_written`` tells how much that was.
+
+    An image of the repository is read by ``workers`` threads (0: one a processor, at most 8; 8 where packs are no
+    files), which are gone when this returns. Errors: TargetRefused (read-only or too small;
     nothing was written), TargetError, Cancelled, and whatever the source raises; all but the first close the connection.
     """

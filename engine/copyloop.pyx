@@ -5,10 +5,14 @@ to the sink (or takes the next ones from the source). Memory is the ring of buff
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
 from vmbackupd.engine.blockstatus cimport BlockStatus
 from vmbackupd.engine.buffers cimport AlignedBuffer
+from vmbackupd.engine.image cimport ImageSource
 from vmbackupd.engine.nbd cimport POLL_MS, STATUS_LIMIT, ZERO_LIMIT, NbdConnection
+from vmbackupd.engine.nbdimage cimport NbdSource
 from vmbackupd.engine.pipeline cimport Pipeline, Slot
+from vmbackupd.engine.prefetch cimport CHUNK_READ, CHUNK_SAME, CHUNK_ZERO, ReadPool, batch_t, want_t
 from vmbackupd.engine.progress cimport Progress
 from vmbackupd.engine.sink cimport ChunkSink, ChunkSource, chunk_count, chunk_length
 from vmbackupd.engine.zero cimport is_zero
@@ -229,50 +233,111 @@ def _begin(Progress progress, size):
 
 # ---- out
 
+cdef enum:
+    FILL_MS = 2                     # longest wait for a chunk before the socket is looked after again
+
+# what goes on with a slot of a copy out of the repository
+cdef enum:
+    STAGE_WRITE = 0                 # it is being written, or waits for nothing any more
+    STAGE_LOOK = 1                  # what the target holds is on its way
+    STAGE_FILL = 2                  # with the pool's threads
+
+
 cdef class _CopyOut:
-    """The state of one copy_out."""
+    """The state of one copy_out. An image of the repository is read by the threads of ``pool``, which put chunks straight
+    into the buffers that are written from; any other source is read here."""
 
     cdef NbdConnection target
     cdef ChunkSource source
     cdef Progress progress
     cdef Pipeline ring
+    cdef ReadPool pool              # or None
+    cdef NbdSource present          # where the target holds data; or None: it is not compared
+    cdef batch_t *batches           # one for each slot
+    cdef want_t *wants
+    cdef int *stages
+    cdef uint32_t filling           # slots with the pool
     cdef AlignedBuffer zeros        # to write where the server knows no write-zeroes
     cdef bint target_is_zero
     cdef uint64_t size
     cdef uint64_t chunk
     cdef uint64_t chunks
+    cdef uint64_t group             # chunks of one buffer
 
-    def __cinit__(self, NbdConnection target, ChunkSource source, Progress progress, Pipeline ring, bint is_zero):
+    def __cinit__(self, NbdConnection target, ChunkSource source, Progress progress, Pipeline ring, bint is_zero,
+                  ReadPool pool, bint in_place):
+        cdef uint32_t i
         self.target = target
         self.source = source
         self.progress = progress
         self.ring = ring
-        self.target_is_zero = is_zero
+        self.pool = pool
+        self.target_is_zero = is_zero or in_place
         self.size = source.size
         self.chunk = source.chunk_size
         self.chunks = chunk_count(source.size, source.chunk_size)
-        if not is_zero and not target.can_zero:
+        self.group = ring.buffer_size // source.chunk_size
+        if (in_place or not is_zero) and not target.can_zero:
             self.zeros = AlignedBuffer(ring.buffer_size)
+        if pool is None:
+            return
+        self.group = min(self.group, pool.batch_chunks)
+        self.stages = <int *>calloc(ring.count, sizeof(int))
+        self.batches = <batch_t *>calloc(ring.count, sizeof(batch_t))
+        self.wants = <want_t *>calloc(ring.count * self.group, sizeof(want_t))
+        if self.stages == NULL or self.batches == NULL or self.wants == NULL:
+            raise MemoryError()
+        for i in range(ring.count):
+            self.batches[i].wants = self.wants + i * self.group
+            self.batches[i].data = ring.slots[i].data
+        if in_place:
+            self.present = NbdSource(target, size=source.size, chunk_size=source.chunk_size)
+
+    def __dealloc__(self):
+        free(self.stages)
+        free(self.batches)
+        free(self.wants)
 
     cdef int run(self) except -1 nogil:
-        cdef uint64_t at = 0, first, count
+        cdef uint64_t at = 0, data = 0, data_end = 0, held = 0, held_end = 0, end
         while at < self.chunks:
-            first = 0
-            count = 0
-            self.source.next_data(at, &first, &count)
-            if count == 0:
-                first = self.chunks
-            elif first < at or first >= self.chunks or count > self.chunks - first:
-                with gil:
-                    raise RuntimeError(f"source gave {count} chunks at {first} for {at} of {self.chunks}")
-            if first > at:
-                self.hole(at, first)
-            if count > 0:
-                self.data(first, first + count)
-            at = first + count
+            if data_end <= at:
+                self.next_run(self.source, at, &data, &data_end)
+            if held_end <= at:
+                self.next_run(self.present, at, &held, &held_end)
+            if at < data and at < held:
+                end = min(data, held)
+                self.hole(at, end)
+            elif at >= held:
+                end = held_end
+                self.data(at, end, True)
+            else:
+                end = min(data_end, held)
+                self.data(at, end, False)
+            at = end
         while self.ring.busy > 0:
             self.collect(True)
         return self.target.flush()
+
+    cdef int next_run(self, ChunkSource source, uint64_t at, uint64_t *first, uint64_t *end) except -1 nogil:
+        """The next chunks of ``source`` that are no holes; beyond the last chunk if there are none."""
+        cdef uint64_t count = 0
+        first[0] = self.chunks
+        end[0] = self.chunks + 1
+        if source is None:
+            return 0
+        if source is self.present:
+            self.present._next_data(at, first, &count)       # the connection is ours already
+        else:
+            source.next_data(at, first, &count)
+        if count == 0:
+            first[0] = self.chunks
+            return 0
+        if first[0] < at or first[0] >= self.chunks or count > self.chunks - first[0]:
+            with gil:
+                raise RuntimeError(f"source gave {count} chunks at {first[0]} for {at} of {self.chunks}")
+        end[0] = first[0] + count
+        return 0
 
     cdef Slot *slot(self, uint64_t offset, size_t length) except NULL nogil:
         """A free slot; waits for one."""
@@ -287,11 +352,18 @@ cdef class _CopyOut:
 
     cdef int collect(self, bint wait) except -1 nogil:
         """Ends the slots that are written; waits for the oldest one if told to."""
-        cdef Slot *slot = self.ring.oldest()
+        cdef Slot *slot
+        self.advance()
         self.target.step(0)
-        while slot != NULL and (wait or slot.request.pending == 0):
-            while slot.request.pending > 0:
-                self.target.step(POLL_MS)
+        slot = self.ring.oldest()
+        while slot != NULL and (wait or self.written(slot)):
+            while not self.written(slot):
+                if self.pool is not None and self.stages[slot - self.ring.slots] == STAGE_FILL:
+                    self.pool.wait(&self.batches[slot - self.ring.slots], FILL_MS)
+                    self.target.step(0)
+                else:
+                    self.target.step(FILL_MS if self.filling else POLL_MS)
+                self.advance()
             if slot.request.error != 0:
                 return self.target.fail("writing", slot.offset, slot.length, slot.request.error)
             self.progress.bytes_done += slot.length
@@ -300,6 +372,37 @@ cdef class _CopyOut:
             wait = False
             slot = self.ring.oldest()
         return 0
+
+    cdef bint written(self, const Slot *slot) noexcept nogil:
+        return slot.request.pending == 0 and (self.pool is None or self.stages[slot - self.ring.slots] == STAGE_WRITE)
+
+    cdef int advance(self) except -1 nogil:
+        """Goes on with every slot whose content is here: what the target holds to the pool, what the pool read out."""
+        cdef uint32_t i, number
+        cdef Slot *slot
+        cdef batch_t *batch
+        if self.pool is None:
+            return 0
+        for i in range(self.ring.busy):
+            number = (self.ring.first + i) % self.ring.count
+            slot = &self.ring.slots[number]
+            batch = &self.batches[number]
+            if self.stages[number] == STAGE_LOOK and slot.request.pending == 0:
+                if slot.request.error != 0:
+                    return self.target.fail("reading", slot.offset, slot.length, slot.request.error)
+                self.to_pool(number)
+            elif self.stages[number] == STAGE_FILL and self.pool.wait(batch, 0):
+                self.filling -= 1
+                self.stages[number] = STAGE_WRITE
+                self.pool.check(batch)
+                self.progress.bytes_read += batch.read
+                self.write_batch(slot, batch)
+        return 0
+
+    cdef void to_pool(self, uint32_t number) noexcept nogil:
+        self.stages[number] = STAGE_FILL
+        self.filling += 1
+        self.pool.submit(&self.batches[number])
 
     cdef int hole(self, uint64_t first, uint64_t end) except -1 nogil:
         """Chunks that read as zeros."""
@@ -319,23 +422,29 @@ cdef class _CopyOut:
             if part > ZERO_LIMIT:
                 part = ZERO_LIMIT
             slot = self.slot(at, part)
+            if self.pool is not None:
+                self.stages[slot - self.ring.slots] = STAGE_WRITE
             self.clear(slot, at, part)
             slot.zero_bytes = part
             at += part
         return 0
 
     cdef int clear(self, Slot *slot, uint64_t offset, uint64_t length) except -1 nogil:
+        self.progress.bytes_written += length
         if self.zeros is not None:
             return self.target.start_write(&slot.request, self.zeros.data, length, offset)
         return self.target.start_zero(&slot.request, length, offset)
 
-    cdef int data(self, uint64_t first, uint64_t end) except -1 nogil:
-        """Chunks from the source, a buffer at a time."""
-        cdef uint64_t group = self.ring.buffer_size // self.chunk, count, index, offset, length
+    cdef int write(self, Slot *slot, size_t start, size_t length) except -1 nogil:
+        self.progress.bytes_written += length
+        return self.target.start_write(&slot.request, slot.data + start, length, slot.offset + start)
+
+    cdef int data(self, uint64_t first, uint64_t end, bint compare) except -1 nogil:
+        """Chunks from the source, a buffer at a time; ``compare``: only those that differ from the target's."""
+        cdef uint64_t count, offset, length
         cdef Slot *slot
-        cdef size_t at, size
         while first < end:
-            count = group - first % group
+            count = self.group - first % self.group
             if count > end - first:
                 count = end - first
             offset = first * self.chunk
@@ -343,16 +452,58 @@ cdef class _CopyOut:
             if length > self.size - offset:
                 length = self.size - offset
             slot = self.slot(offset, length)
-            at = 0
-            for index in range(first, first + count):
-                size = chunk_length(self.size, <uint32_t>self.chunk, index)
-                self.source.get(index, slot.data + at, size)
-                at += size
-                self.target.step(0)
-            self.progress.bytes_read += length
-            self.write_runs(slot, first, first + count)
+            if self.pool is not None:
+                self.begin(slot, first, <uint32_t>count, compare)
+            else:
+                self.read_here(slot, first, count)
             first += count
         return 0
+
+    cdef int begin(self, Slot *slot, uint64_t first, uint32_t count, bint compare) except -1 nogil:
+        """Sets a slot on its way through the stages."""
+        cdef uint32_t number = <uint32_t>(slot - self.ring.slots)
+        cdef batch_t *batch = &self.batches[number]
+        self.stages[number] = STAGE_WRITE
+        batch.compare = compare
+        self.pool.describe(batch, first, count)
+        if compare:
+            self.stages[number] = STAGE_LOOK
+            self.target.start_read(&slot.request, slot.data, slot.length, slot.offset)
+        else:
+            self.to_pool(number)
+        return 0
+
+    cdef int write_batch(self, Slot *slot, const batch_t *batch) except -1 nogil:
+        """Writes what the pool read, in runs; what is at the target already is left."""
+        cdef uint32_t start = 0, end
+        cdef size_t at, length
+        cdef int state
+        while start < batch.count:
+            state = batch.wants[start].state
+            at = <size_t>(batch.wants[start].into - batch.data)
+            length = 0
+            end = start
+            while end < batch.count and batch.wants[end].state == state:
+                length += batch.wants[end].length
+                end += 1
+            if state == CHUNK_READ:
+                self.write(slot, at, length)
+            elif state == CHUNK_ZERO:
+                slot.zero_bytes += length
+                self.clear(slot, slot.offset + at, length)
+            start = end
+        return 0
+
+    cdef int read_here(self, Slot *slot, uint64_t first, uint64_t count) except -1 nogil:
+        cdef uint64_t index
+        cdef size_t at = 0, size
+        for index in range(first, first + count):
+            size = chunk_length(self.size, <uint32_t>self.chunk, index)
+            self.source.get(index, slot.data + at, size)
+            at += size
+            self.target.step(0)
+        self.progress.bytes_read += slot.length
+        return self.write_runs(slot, first, first + count)
 
     cdef int write_runs(self, Slot *slot, uint64_t first, uint64_t end) except -1 nogil:
         """Writes a slot: its runs of data as they are, its runs of zeros as zeroes or not at all."""
@@ -367,7 +518,7 @@ cdef class _CopyOut:
                 run_zero = zero
             if index == end or zero != run_zero:
                 if not run_zero:
-                    self.target.start_write(&slot.request, slot.data + start, at - start, slot.offset + start)
+                    self.write(slot, start, at - start)
                 else:
                     slot.zero_bytes += at - start
                     if not self.target_is_zero:
@@ -381,23 +532,39 @@ cdef class _CopyOut:
 
 
 def copy_out(ChunkSource source not None, NbdConnection target not None, Progress progress not None, *,
-             bint target_is_zero, in_flight=32, request=256 << 10):
+             bint target_is_zero, bint in_place=False, in_flight=32, request=256 << 10, workers=0):
     cdef _CopyOut copy
+    cdef ReadPool pool = None
     if target.read_only:
         raise TargetRefused(f"NBD export {target.export!r}: it is read-only")
     if target.size < source.size:
         raise TargetRefused(
             f"NBD export {target.export!r}: it has {target.size} bytes, the image to be written {source.size}")
+    if in_place and not isinstance(source, ImageSource):
+        raise ValueError("only images of the repository have names a target can be compared with")
     size = _buffer_size(target, source.chunk_size, request)
-    copy = _CopyOut(target, source, progress, Pipeline(target, size, _buffers(size, in_flight)), target_is_zero)
+    ring = Pipeline(target, size, _buffers(size, in_flight))
     _begin(progress, source.size)
-    target.writing = True
-    target.enter(&progress.cancel_flag)
+    try:
+        if isinstance(source, ImageSource):
+            pool = ReadPool(source, workers=workers, batch=size)
+        copy = _CopyOut(target, source, progress, ring, target_is_zero, pool, in_place)
+        target.writing = True
+        _run_out(copy)
+    finally:
+        # before the buffers go: its threads fill them
+        if pool is not None:
+            pool.close()
+
+
+cdef int _run_out(_CopyOut copy) except -1:
+    copy.target.enter(&copy.progress.cancel_flag)
     try:
         with nogil:
             copy.run()
     except BaseException:
-        target.abandon()
+        copy.target.abandon()
         raise
     finally:
-        target.leave()
+        copy.target.leave()
+    return 0

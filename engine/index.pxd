@@ -72,6 +72,8 @@ cdef class IndexSet:                      # immutable; any number of threads at 
     # Searches from the place `start` on (0: everywhere): the place of an entry of this name in a usable pack, or -1.
     # The next copy: from the place after it on.
     cdef Py_ssize_t find(self, const uint8_t *name, size_t start, Entry *entry) noexcept nogil
+    # The same, with the pack's id: for callers whose set may be exchanged between two calls.
+    cdef Py_ssize_t locate(self, const uint8_t *name, size_t start, Entry *entry, uint8_t *pack_id) noexcept nogil
     cdef int64_t _first(self, index_t *index, const uint8_t *name, Entry *entry) noexcept nogil
     cdef bint _is_at(self, index_t *index, uint64_t number, const uint8_t *name, Entry *entry) noexcept nogil
     cdef int _search(self, index_t *index, uint64_t block, const uint8_t *name, Entry *entry) noexcept nogil

@@ -659,6 +659,12 @@ cdef class IndexSet:
     cdef const uint8_t *pack_id(self, size_t place, uint32_t pack) noexcept nogil:
         return self.indexes[place >> PLACE_BITS].packs + pack * <size_t>PACK_ID
 
+    cdef Py_ssize_t locate(self, const uint8_t *name, size_t start, Entry *entry, uint8_t *pack_id) noexcept nogil:
+        cdef Py_ssize_t which = self.find(name, start, entry)
+        if which >= 0:
+            memcpy(pack_id, self.pack_id(<size_t>which, entry.pack), PACK_ID)
+        return which
+
     def lookup(self, bytes name not None):
         """(pack id, offset, stored, raw, kind) of a 32 byte name, or None."""
         found = self.copies(name, 1)

@@ -12,6 +12,8 @@ class Progress:
     """Bytes that are in the sink (or on the target) now, zeros included."""
     bytes_read: int
     """Bytes that travelled from the source."""
+    bytes_written: int
+    """Bytes that were written to a target or cleared there; copies out of the repository count them."""
     zero_bytes: int
     """Of ``bytes_done``: known or found to be zeros."""
 
