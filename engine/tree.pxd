@@ -28,6 +28,8 @@ cdef uint32_t node_width(const shape_t *shape, int level, uint64_t index) noexce
 cdef size_t node_encode(uint8_t *into, int level, const uint8_t *names, uint32_t width) noexcept nogil
 # Puts the names of a node at `names`, `width` of them, missing ones as zeros. False if it is no such node.
 cdef bint node_decode(const uint8_t *data, size_t length, int level, uint8_t *names, uint32_t width) noexcept nogil
+# The name in a tree's id; InvalidArgument.
+cdef bytes tree_name(str tree)
 
 # Takes apart a root record; `tree` is for messages.
 cdef int root_decode(bytes data, shape_t *shape, uint8_t *top, str tree) except -1
