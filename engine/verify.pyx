@@ -17,7 +17,7 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from posix.unistd cimport pread
 
 from vmbackupd.engine.chunkreader cimport BAD_RECORD, FINE, NOT_INDEXED, PACK_MISSING, TRUNCATED, ChunkReader
-from vmbackupd.engine.index cimport IndexSet
+from vmbackupd.engine.index cimport PLACE_BITS, IndexSet
 from vmbackupd.engine.layout cimport (
     ENTRY,
     KIND_CHUNK,
@@ -182,7 +182,8 @@ cdef class PackVerifier:
         cdef Entry entry
         if size < packs.HEADER + packs.TRAILER:
             raise RepositoryCorrupt(f"{label} is truncated: it has {size} bytes")
-        packs.check_header(self._bytes(worker, 0, packs.HEADER), self.repository, pack_id, label)
+        header = self._bytes(worker, 0, packs.HEADER)
+        packs.check_header(header, self.repository, pack_id, label, encrypted=self.reader.encrypted)
         trailer = self._bytes(worker, size - packs.TRAILER, packs.TRAILER)
         end, count = packs.parse_trailer(trailer, size, pack_id, label)
         entries = packs.check_tail(self._bytes(worker, end, size - end), self.seal_key, label)
@@ -237,8 +238,8 @@ cdef class PackVerifier:
                 if not here:
                     here = self._window(worker, entry.offset, length)       # as much as can be read at all
             if not here or self.reader.open_record(
-                worker.codec, worker.window + (entry.offset - worker.start), name, entry.kind, &entry, worker.content,
-                self.reader.largest
+                worker.codec, worker.pack_id, worker.window + (entry.offset - worker.start), name, entry.kind, &entry,
+                worker.content, self.reader.largest
             ) != FINE:
                 bad[number] = 1
         return 0
@@ -449,15 +450,18 @@ cdef class TreeChecker:
     # Is there a record of this name that can be trusted? FINE, or why not. `raw`: bytes it must have, 0 if unknown.
     cdef int _find(self, const uint8_t *name, int kind, uint32_t raw, uint8_t *pack_id) except -1 nogil:
         cdef Entry entry
-        cdef Py_ssize_t which = -1, suspect = -1
-        cdef uint32_t length = 0, suspect_pack = 0
+        cdef Py_ssize_t place = -1
+        cdef size_t which
+        cdef uint8_t *suspect = NULL
+        cdef uint32_t length = 0
         cdef uint8_t state
         cdef int problem = NOT_INDEXED
         memset(pack_id, 0, PACK_ID)
         while True:
-            which = self.index.locate(name, <size_t>(which + 1), &entry, pack_id)
-            if which < 0:
+            place = self.index.locate(name, <size_t>(place + 1), &entry, pack_id)
+            if place < 0:
                 break
+            which = <size_t>place >> PLACE_BITS
             state = self.states[which][entry.pack]
             if state & PACK_ABSENT:
                 problem = PACK_MISSING
@@ -466,13 +470,12 @@ cdef class TreeChecker:
             elif entry.kind != kind or (raw and entry.raw != raw):
                 problem = BAD_RECORD
             elif state & PACK_SUSPECT:
-                suspect = which
-                suspect_pack = entry.pack
+                suspect = &self.states[which][entry.pack]
             else:
                 self.states[which][entry.pack] |= PACK_USED
                 return FINE
-        if suspect >= 0:
-            self.states[suspect][suspect_pack] |= PACK_USED
+        if suspect != NULL:
+            suspect[0] |= PACK_USED
             return self.reader._attempt(self.codec, name, kind, self.room, self.reader.largest, &length, pack_id)
         return problem
 

@@ -17,6 +17,7 @@ from tests.integration.restore_kit import loop_device
 from tests.unit.repository.repository_support import (
     CHUNK,
     FaultyStorage,
+    keys_of,
     make,
     manifest,
     objects,
@@ -54,10 +55,11 @@ SIZES = [0, 1, CHUNK, CHUNK + 1, 16 * CHUNK - 1, 700 * CHUNK + 99, 1500 * CHUNK]
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.9])
-def test_a_new_file_is_the_image(tmp_path: Path, size: int, density: float) -> None:
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_a_new_file_is_the_image(tmp_path: Path, size: int, density: float, encrypted: bool) -> None:
     rng = random.Random(size)
     image = sparse_image(rng, size, density=density)
-    repository = make(tmp_path / "repository")
+    repository = make(tmp_path / "repository", encrypted=encrypted)
     source = repository.image(store(repository, "one", image))
     for workers in (0, 1, 5):
         path = tmp_path / f"out-{workers}"
@@ -197,18 +199,19 @@ def test_cancel(tmp_path: Path) -> None:
         return storage.storage.get(name, offset, length)
 
     storage.get = get  # type: ignore[method-assign]
-    with Repository.open(storage) as other, pytest.raises(Cancelled):
+    with Repository.open(storage, keys=keys_of(storage)) as other, pytest.raises(Cancelled):
         write(other.image(tree), tmp_path / "out", progress=progress)
     assert progress.bytes_done < progress.bytes_total
 
 
 @pytest.mark.parametrize("descriptors", [True, False])
-def test_damaged_packs(tmp_path: Path, descriptors: bool) -> None:
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_damaged_packs(tmp_path: Path, descriptors: bool, encrypted: bool) -> None:
     """What is damaged in one pack is read from another that holds the same; if there is none, the error names it."""
     rng = random.Random(8)
     image = sparse_image(rng, 900 * CHUNK, density=0.7)
     path = tmp_path / "repository"
-    repository = make(path)
+    repository = make(path, encrypted=encrypted)
     tree = store(repository, "one", image)
     kept = {name: data for name, data in objects(path).items() if name.startswith("indexes")}
     first = sorted(name for name in objects(path) if name.startswith("packs"))
@@ -225,13 +228,16 @@ def test_damaged_packs(tmp_path: Path, descriptors: bool) -> None:
         (path / name).write_bytes(damaged[: rng.choice([len(damaged), len(damaged) // 2])])
     (path / first[0]).unlink()
     storage = FaultyStorage(LocalStorage(path), descriptors=descriptors)
-    with Repository.open(storage) as healed:
+    with Repository.open(storage, keys=keys_of(storage)) as healed:
         write(healed.image(tree), tmp_path / "out")
         assert (tmp_path / "out").read_bytes() == image
     second = [name for name in objects(path) if name.startswith("packs") and name not in first]
     for name in second:
         (path / name).write_bytes(bytes(len(objects(path)[name])))
-    with Repository.open(storage) as broken, pytest.raises(RepositoryCorrupt, match="chunk [0-9a-f]{64}"):
+    with (
+        Repository.open(storage, keys=keys_of(storage)) as broken,
+        pytest.raises(RepositoryCorrupt, match="chunk [0-9a-f]{64}"),
+    ):
         write(broken.image(tree), tmp_path / "never")
 
 
@@ -240,7 +246,7 @@ def test_a_storage_that_fails(tmp_path: Path) -> None:
     repository = make(tmp_path / "repository")
     tree = store(repository, "one", rng.randbytes(900 * CHUNK))
     storage = FaultyStorage(LocalStorage(tmp_path / "repository"), descriptors=False)
-    with Repository.open(storage) as other:
+    with Repository.open(storage, keys=keys_of(storage)) as other:
         image = other.image(tree)
         storage.always = ("get packs", StorageError("the network is down"))
         with pytest.raises(StorageError, match="the network is down"):
@@ -254,7 +260,7 @@ def test_neighbouring_chunks_cost_one_request(tmp_path: Path) -> None:
     repository = make(tmp_path / "repository", fanout=256)
     tree = store(repository, "one", image)
     storage = FaultyStorage(LocalStorage(tmp_path / "repository"), descriptors=False)
-    with Repository.open(storage) as other:
+    with Repository.open(storage, keys=keys_of(storage)) as other:
         source = other.image(tree)
         source.data_bytes()
         storage.operations.clear()

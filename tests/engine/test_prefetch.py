@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.servers import nbdkit, qemu_nbd
-from tests.unit.repository.repository_support import CHUNK, FaultyStorage, make, objects, sparse_image, store
+from tests.unit.repository.repository_support import CHUNK, FaultyStorage, keys_of, make, objects, sparse_image, store
 from vmbackupd.engine.copyloop import copy_out
 from vmbackupd.engine.memory import MemorySource
 from vmbackupd.engine.nbd import NbdConnection
@@ -27,17 +27,18 @@ def reading_threads() -> list[str]:
 @pytest.mark.parametrize("target_is_zero", [True, False])
 @pytest.mark.parametrize("filters", [[], ["--filter=nozero"], ["--filter=noextents"]], ids=["plain", "nozero", "noext"])
 @pytest.mark.parametrize("descriptors", [True, False], ids=["files", "objects"])
+@pytest.mark.parametrize("encrypted", [False, True])
 def test_copies_equal_the_image(
-    tmp_path: Path, rng: random.Random, target_is_zero: bool, filters: list[str], descriptors: bool
+    tmp_path: Path, rng: random.Random, target_is_zero: bool, filters: list[str], descriptors: bool, encrypted: bool
 ) -> None:
     size = (rng.randrange(1, 900) * CHUNK) + 512 * rng.randrange(8)
     image = sparse_image(rng, size, density=rng.random())
-    tree = store(make(tmp_path / "repository"), "one", image)
+    tree = store(make(tmp_path / "repository", encrypted=encrypted), "one", image)
     storage = FaultyStorage(LocalStorage(tmp_path / "repository"), descriptors=descriptors)
     target = tmp_path / "target"
     target.write_bytes(bytes(size) if target_is_zero else rng.randbytes(size))
     with (
-        Repository.open(storage) as repository,
+        Repository.open(storage, keys=keys_of(storage)) as repository,
         nbdkit(tmp_path, *filters, "file", str(target)) as path,
         NbdConnection(unix=path) as disk,
     ):
