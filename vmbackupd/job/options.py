@@ -31,7 +31,7 @@ class BackupOptions:
 class RestoreOptions:
     """Where a backup goes: ``name`` of the new domain, ``directory`` for its virtual disks, ``volumes`` from volume
     id to target (file, block device, ``iscsi://PORTAL/IQN/LUN``, or ``none`` to leave it in the backup). ``revert``
-    None does what the backup needs."""
+    None does what the backup needs. ``in_place`` reads a target that holds data and writes only what differs."""
 
     name: str | None = None
     directory: str | None = None
@@ -40,6 +40,7 @@ class RestoreOptions:
     force: bool = False
     start: bool = False
     revert: RevertMode | None = None
+    in_place: bool = False
 
     def __post_init__(self) -> None:
         if self.name is not None and (not self.name.strip() or "/" in self.name or self.name in (".", "..")):

@@ -13,23 +13,26 @@ from vmbackupd.units import human
 
 
 def choose_writing(record: VolumeRecord, target: Target, found: Found, force: bool, notes: list[str],
-                   problems: list[str]) -> Writing:
+                   problems: list[str], *, in_place: bool = False) -> Writing:
     """How ``target`` will be written; adds to ``problems`` what forbids it and to ``notes`` what is good to know.
 
     A raw file that is there is written in place, as a device is: it may be preallocated or lie where its owner wants
     it. A qcow2 file is replaced, since its own snapshots, backing file and size would survive writing into it.
+    ``in_place`` says that data is expected there: it needs no ``force`` to be written over chunk by chunk.
     """
     volume = f"volume {record.id}"
     problems += [f"{volume}: {target} is in use: {user}; free it or name another target (--force does not change this)"
                  for user in found.users]
-    if found.content is Content.DATA and not force:
+    writing = Writing.IN_PLACE if not target.is_file or found.size is not None else (
+        Writing.CREATE if found.content is Content.ABSENT else Writing.REPLACE)
+    if found.content is Content.DATA and not force and not (in_place and writing is Writing.IN_PLACE):
         problems.append(f"{volume}: {target} is not empty: it holds {found.what}{_who(found)}; name another target, or"
                         " overwrite it with --force")
     if found.size is not None:
         _compare_sizes(record, target, found.size, notes, problems)
-    if not target.is_file or found.size is not None:
-        return Writing.IN_PLACE
-    return Writing.CREATE if found.content is Content.ABSENT else Writing.REPLACE
+    if in_place and writing is Writing.REPLACE:
+        notes.append(f"{volume}: {target} is replaced as a whole: only raw files and devices are written in place")
+    return writing
 
 
 def _compare_sizes(record: VolumeRecord, target: Target, size: int, notes: list[str], problems: list[str]) -> None:

@@ -17,7 +17,7 @@ from vmbackupd.errors import (
 from vmbackupd.repository import Repository
 from vmbackupd.repository.manifest import Manifest
 from vmbackupd.restore.targets import OpenTarget
-from vmbackupd.restore.volume import write_volume
+from vmbackupd.restore.volume import Written, write_volume
 
 INTERVAL = 0.2  # seconds between looks at the engine's counters
 PARALLEL = 3  # volumes; each has requests in flight of its own, and decompression is what keeps a core busy
@@ -26,8 +26,8 @@ _NAMED = (SourceError, TargetError, RepositoryCorrupt, StorageError, StoreCorrup
 
 
 async def write_volumes(repository: Repository, manifest: Manifest, targets: Sequence[OpenTarget], vm: str,
-                        report: Callable[[int, int], None]) -> dict[str, int]:
-    """Write every volume; returns the number of chunks set back to T1 by volume id.
+                        report: Callable[[int, int], None]) -> dict[str, Written]:
+    """Write every volume; returns what was written by volume id.
 
     ``report(done, total)`` in bytes. An error or a cancellation stops all copies and waits for their threads.
     """
@@ -35,7 +35,7 @@ async def write_volumes(repository: Repository, manifest: Manifest, targets: Seq
     total = sum(target.plan.size for target in targets)
     free = asyncio.Semaphore(PARALLEL)
 
-    async def write(target: OpenTarget) -> int:
+    async def write(target: OpenTarget) -> Written:
         async with free:
             return await asyncio.to_thread(_named, repository, manifest, target, counters[target], vm)
 
@@ -55,7 +55,7 @@ async def write_volumes(repository: Repository, manifest: Manifest, targets: Seq
     return {volume: task.result() for volume, task in tasks.items()}
 
 
-def _named(repository: Repository, manifest: Manifest, target: OpenTarget, progress: Progress, vm: str) -> int:
+def _named(repository: Repository, manifest: Manifest, target: OpenTarget, progress: Progress, vm: str) -> Written:
     """Write one volume; an error of the engine or the repository gets the names a person knows."""
     try:
         return write_volume(repository, manifest, target.plan, target, progress)
@@ -65,7 +65,7 @@ def _named(repository: Repository, manifest: Manifest, target: OpenTarget, progr
         raise kind(f"VM {vm}: volume {plan.record.id} was not restored to {plan.target}: {error}") from error
 
 
-async def _settle(tasks: set[asyncio.Task[int]]) -> None:
+async def _settle(tasks: set[asyncio.Task[Written]]) -> None:
     """Wait for the threads, however often this task is cancelled meanwhile: they still write to the targets."""
     while tasks:
         try:

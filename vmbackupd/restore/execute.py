@@ -55,7 +55,7 @@ async def execute(plan: RestorePlan, *, repository: Repository, manifest: Manife
         for target in targets:
             await target.open(storage_daemon)
         observer.step("write-volumes")
-        reverted = await write_volumes(repository, manifest, targets, plan.vm, observer.progress)
+        written = await write_volumes(repository, manifest, targets, plan.vm, observer.progress)
         observer.step("finish-targets")
         for target in targets:
             await target.close()
@@ -83,7 +83,9 @@ async def execute(plan: RestorePlan, *, repository: Repository, manifest: Manife
         withdraw()
     started = await _start(plan, hypervisor, observer)
     seconds = round(time.monotonic() - began, 3)
-    return {**plan.as_dict(), "reverted_chunks": reverted, "seconds": seconds, "started": started}
+    return {**plan.as_dict(), "seconds": seconds, "started": started,
+            "reverted_chunks": {volume: done.reverted for volume, done in written.items()},
+            "bytes_written": {volume: done.bytes_written for volume, done in written.items()}}
 
 
 async def _define(domain: DomainPlan, hypervisor: Hypervisor | None, on_effect: OnEffect) -> Withdraw:

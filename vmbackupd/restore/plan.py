@@ -56,7 +56,8 @@ class Found:
 @dataclass(frozen=True, slots=True)
 class VolumePlan:
     """One volume on its way to its target. ``tree`` is the image to copy; ``revert`` says that it is T2's and has to
-    be set back to T1 from the backup's COW stores."""
+    be set back to T1 from the backup's COW stores; ``compare`` that the target is read and only differing chunks are
+    written."""
 
     record: VolumeRecord
     target: Target
@@ -64,6 +65,7 @@ class VolumePlan:
     writing: Writing
     tree: str
     revert: bool
+    compare: bool = False
 
     @property
     def size(self) -> int:
@@ -72,7 +74,7 @@ class VolumePlan:
     def as_dict(self) -> dict[str, object]:
         return {"id": self.record.id, "kind": self.record.kind.value, "size": self.size, "target": str(self.target),
                 "target_kind": self.target.kind.value, "now": self.found.as_dict(), "write": self.writing.value,
-                "revert": self.revert}
+                "revert": self.revert, "compare": self.compare}
 
 
 @dataclass(frozen=True, slots=True)

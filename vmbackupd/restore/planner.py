@@ -23,7 +23,7 @@ from vmbackupd.restore.domain import Rewritten, rewrite
 from vmbackupd.restore.inuse import DomainDiskUse, domain_disks
 from vmbackupd.restore.look import CannotLook, StorageDaemonFactory, look
 from vmbackupd.restore.owners import target_users
-from vmbackupd.restore.plan import BlobPlan, Content, DomainPlan, Found, RestorePlan, VolumePlan
+from vmbackupd.restore.plan import BlobPlan, Content, DomainPlan, Found, RestorePlan, VolumePlan, Writing
 from vmbackupd.restore.present import presentations
 
 NAME_LIMIT = 200  # bytes; the name becomes part of file names
@@ -106,8 +106,10 @@ async def _plan_volume(manifest: Manifest, record: VolumeRecord, target: Target,
     except CannotLook as reason:
         findings.problems.append(f"volume {record.id}: {target} cannot be a target: {reason}")
         found = Found(Content.ABSENT)
-    writing = choose_writing(record, target, found, request.force, findings.notes, findings.problems)
-    return VolumePlan(record, target, found, writing, tree, revert)
+    writing = choose_writing(record, target, found, request.force, findings.notes, findings.problems,
+                             in_place=request.in_place)
+    compare = request.in_place and writing is Writing.IN_PLACE
+    return VolumePlan(record, target, found, writing, tree, revert, compare)
 
 
 def _tree(manifest: Manifest, record: VolumeRecord, wanted: RevertMode | None) -> tuple[str, bool]:

@@ -29,6 +29,9 @@ class OpenTarget:
         self._stack = AsyncExitStack()
         in_place = plan.writing is Writing.IN_PLACE
         self._new = None if in_place else NewFile(plan.target.file, plan.writing is Writing.REPLACE, on_effect)
+        #: A new raw file is written straight, with no server in between: nobody else knows of it yet.
+        self.fd: int | None = None
+        self._direct = self._new is not None and plan.target.kind is TargetKind.RAW and not plan.revert
         self._socket = ""
         self._export = ""
 
@@ -38,12 +41,15 @@ class OpenTarget:
         return self._new is not None
 
     async def open(self, storage_daemon: StorageDaemonFactory) -> None:
-        """Make the file where there is one to make, claim what is there, and export it. Raises ``TargetRefused``."""
+        """Make the file where there is one to make, claim what is there, and export it, unless it is written straight.
+        Raises ``TargetRefused``."""
         try:
             if self._new is None:
                 await asyncio.to_thread(self._claim)
             else:
                 await self._create(self._new)
+            if self._direct:
+                return
             daemon = await self._stack.enter_async_context(storage_daemon())
             spec = image_spec(self.plan.target, self._new.part if self._new is not None else None)
             self._socket, self._export = await daemon.export(self.plan.record.id, spec, writable=True)
@@ -59,6 +65,10 @@ class OpenTarget:
 
     async def _create(self, file: NewFile) -> None:
         fd = file.reserve()
+        if self._direct:
+            self.fd = fd
+            self._stack.callback(os.close, fd)
+            return
         try:
             if self.plan.target.kind is TargetKind.RAW:
                 os.ftruncate(fd, self.plan.size)

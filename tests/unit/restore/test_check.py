@@ -17,10 +17,11 @@ BLOCK = Target(TargetKind.BLOCK, "/dev/sdq")
 LUN = Target(TargetKind.ISCSI, iscsi=IscsiTarget("h", 3260, "iqn.x:y", 1))
 
 
-def choose(target: Target, found: Found, force: bool = False) -> tuple[Writing, list[str], list[str]]:
+def choose(target: Target, found: Found, force: bool = False, in_place: bool = False,
+           ) -> tuple[Writing, list[str], list[str]]:
     notes: list[str] = []
     problems: list[str] = []
-    return choose_writing(VDA, target, found, force, notes, problems), notes, problems
+    return choose_writing(VDA, target, found, force, notes, problems, in_place=in_place), notes, problems
 
 
 @pytest.mark.parametrize(("target", "found", "writing"), [
@@ -47,6 +48,21 @@ def test_what_holds_something_needs_force(target: Target, found: Found, writing:
     assert len(problems) == 1 and found.what in problems[0] and "--force" in problems[0]
     assert "volume vda" in problems[0] and str(target) in problems[0]
     assert choose(target, found, force=True) == (writing, [], [])
+
+
+@pytest.mark.parametrize("target", [RAW, BLOCK, LUN])
+def test_in_place_expects_data(target: Target) -> None:
+    """It is what an in-place restore is for: no other word is needed, but what is in use stays refused."""
+    assert choose(target, Found(Content.DATA, SIZE, "data"), in_place=True) == (Writing.IN_PLACE, [], [])
+    assert len(choose(target, Found(Content.DATA, SIZE, "data", users=("a VM",)), in_place=True)[2]) == 1
+    assert len(choose(target, Found(Content.DATA, SIZE - 512, "data"), in_place=True)[2]) == 1
+
+
+def test_in_place_replaces_nothing_as_a_whole_without_force() -> None:
+    found = Found(Content.DATA, what="an image")
+    writing, notes, problems = choose(QCOW2, found, in_place=True)
+    assert writing is Writing.REPLACE and len(problems) == 1 and "as a whole" in notes[0]
+    assert choose(QCOW2, Found(Content.ABSENT), in_place=True) == (Writing.CREATE, [], [])
 
 
 @pytest.mark.parametrize("target", [RAW, BLOCK, LUN])
