@@ -15,6 +15,7 @@ import pytest
 from tests import outliving
 
 if TYPE_CHECKING:
+    from tests.lab.ceph import Ceph
     from tests.lab.guest import Guest
     from tests.lab.lab import Lab
 
@@ -73,6 +74,17 @@ def lab() -> Iterator[Lab]:
 
 
 @pytest.fixture(scope="session")
+def ceph() -> Iterator[Ceph]:
+    """The session's object store, a Ceph cluster with a gateway; started when the first test asks for it (15 s)."""
+    from tests.lab.ceph import Ceph, missing
+
+    lacking = missing()
+    require(", ".join(lacking), not lacking)
+    with Ceph() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
 def plain_guest(lab: Lab) -> Iterator[Guest]:
     """The session's guest whose root is a bare ext4 on vda. Shared: leave it as it was."""
     guest = lab.start_guest("plain")
@@ -118,6 +130,8 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaves a child process, a thread or a running event loop behind. The lab outlives a test."""
     if LAB_FIXTURES & set(request.fixturenames):
         request.getfixturevalue("lab")  # its threads and processes are older than the test
+    if "ceph" in request.fixturenames:
+        request.getfixturevalue("ceph")
     threads = set(threading.enumerate())
     before = children()
     yield

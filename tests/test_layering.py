@@ -42,6 +42,9 @@ OWNERS: dict[str, set[str]] = {
     "qemu": {"vmbackupd.hypervisor.storage_daemon"},
     "pyudev": {"vmbackupd.host.udev"},
     "systemd": {"vmbackupd.daemon.sd"},
+    "boto3": {"vmbackupd.repository.s3client"},
+    "botocore": {"vmbackupd.repository.s3client"},
+    "urllib3": {"vmbackupd.repository.s3client"},
 }
 
 

@@ -189,3 +189,29 @@ class ServeFailed(BackupError):
     """The NBD server of a backup's volume did not start, or ended by itself."""
 
     code = "ServeFailed"
+class StorageUnsuitable(StorageError):
+    """The object store lacks something the repository's safety rests on; found out when a repository is made."""
+
+    code = "StorageUnsuitable"
+
+
+class ObjectLocked(StorageError):
+    """The store's object lock keeps an object from being removed. ``until``: seconds since 1970, None if unknown."""
+
+    code = "ObjectLocked"
+
+    def __init__(self, message: str, *, until: float | None = None) -> None:
+        super().__init__(message)
+        self.until = until
+
+
+class StorageDenied(StorageError):
+    """The object store refused a request as forbidden: the credentials lack a permission, or the object is locked."""
+
+    code = "StorageDenied"
+
+
+class StorageUnanswered(StorageError):
+    """The object store did not answer in time, or only with "not now", however often it was asked."""
+
+    code = "StorageUnanswered"

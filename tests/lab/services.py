@@ -71,7 +71,8 @@ def kept(error: Exception | None, close: Callable[[], object]) -> Exception | No
 class Processes:
     """The lab's child processes, held by tests/lab/supervisor.py."""
 
-    def __init__(self, directory: Path, lock: int) -> None:
+    def __init__(self, directory: Path, lock: int | None = None) -> None:
+        """``directory`` is removed at the end; ``lock``: a descriptor to hold open until then."""
         script = Path(__file__).with_name("supervisor.py")
         self._directory = directory
         self._process = subprocess.Popen(
@@ -80,7 +81,7 @@ class Processes:
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            pass_fds=[lock],  # the next lab begins when all of this one is gone
+            pass_fds=[] if lock is None else [lock],  # the next lab begins when all of this one is gone
         )
         self.pid = self._process.pid
 

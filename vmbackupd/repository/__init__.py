@@ -11,7 +11,9 @@ from vmbackupd.repository.keys import (
 )
 from vmbackupd.repository.local import LocalStorage
 from vmbackupd.repository.manifest import BackupSummary, Manifest, StoreRecord, VmIdentity
+from vmbackupd.repository.place import storage_from_url
 from vmbackupd.repository.repository import Repository, Settings
+from vmbackupd.repository.s3options import S3Options
 from vmbackupd.repository.storage import ObjectInfo, Storage
 from vmbackupd.repository.writer import RepositoryWriter
 
@@ -27,10 +29,12 @@ __all__ = [
     "RecoveryKey",
     "Repository",
     "RepositoryWriter",
+    "S3Options",
     "Settings",
     "SlotInfo",
     "Storage",
     "StoreRecord",
     "VmIdentity",
     "new_recovery_key",
+    "storage_from_url",
 ]

@@ -156,6 +156,24 @@ class LocalStorage:
             self._sync_directory(os.open(_parent(name), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root))
             return True
 
+    def delete_many(self, names: Iterable[str]) -> int:
+        count, directories = 0, set()
+        root = self._root_descriptor()
+        try:
+            for name in names:
+                with self._errors(name), contextlib.suppress(FileNotFoundError):
+                    os.unlink(check_name(name), dir_fd=root)
+                    directories.add(_parent(name))
+                    count += 1
+        finally:
+            for directory in directories:
+                with self._errors(directory):
+                    self._sync_directory(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root))
+        return count
+
+    def renew(self, names: Iterable[str]) -> int:
+        return 0
+
     def _write(self, name: str, parts: Iterable[Buffer], *, lock: bool) -> tuple[int, bool]:
         """Write and name an object: its open descriptor, and False if the name was taken."""
         try:
@@ -230,6 +248,10 @@ class LocalStorage:
         return directory
 
     # ---- claims and leftovers
+
+    @property
+    def certain_ends(self) -> bool:
+        return True  # the kernel drops the lock of a process that ended, and of no other
 
     def claim(self, name: str, data: bytes) -> LocalClaim:
         descriptor, taken = self._write(name, [data], lock=True)
@@ -321,6 +343,14 @@ class LocalClaim:
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.close(descriptor)
+
+    @property
+    def lost(self) -> bool:
+        descriptor = self._descriptor
+        try:
+            return descriptor is None or os.fstat(descriptor).st_nlink == 0
+        except OSError:
+            return True
 
     def release(self) -> None:
         descriptor, self._descriptor = self._descriptor, None

@@ -29,12 +29,22 @@ class ObjectInfo:
 class Claim(Protocol):
     """An object that tells that its maker is alive."""
 
+    @property
+    def lost(self) -> bool:
+        """May others take the maker for dead (its lease ran out, or the object was removed)? Never back to False."""
+
     def release(self) -> None:
         """Remove the object. Safe to call twice."""
 
 
 class Storage(Protocol):
-    """A flat set of named objects. Methods may be called by any thread."""
+    """A flat set of named objects. Methods may be called by any thread.
+
+    What one of them has done, every reader and every listing that begins later sees, on any host.
+    """
+
+    def create(self) -> None:
+        """Make the place ready for a repository, once: StorageUnsuitable tells what it lacks. Safe to call again."""
 
     def put_if_absent(self, name: str, parts: Iterable[Buffer]) -> bool:
         """Write an object of these bytes, durable when this returns; False if the name is taken, which then stays."""
@@ -49,16 +59,30 @@ class Storage(Protocol):
         """The object, or None if there is none."""
 
     def delete(self, name: str) -> bool:
-        """Remove an object; False if there was none."""
+        """Remove an object; False if there was none. ObjectLocked where the store keeps it for now."""
+
+    def delete_many(self, names: Iterable[str]) -> int:
+        """Remove objects, with fewer requests than one by one; how many there were. ObjectLocked if some are kept:
+        the others are gone then."""
+
+    def renew(self, names: Iterable[str]) -> int:
+        """Make the object locks of objects last anew where less than half of their time is left; how many were. 0 where
+        there are no locks."""
 
     def open(self, name: str) -> int | None:
-        """A file descriptor to read the object from, the caller's to close; None where objects are no files."""
+        """A file descriptor to read the object from, the caller's to close; None where objects are no files. Index
+        objects can be opened everywhere: they are copied to a file, once where there is a cache."""
 
     def claim(self, name: str, data: bytes) -> Claim:
-        """Create an object that counts as abandoned from the moment this process ends, however it ends."""
+        """Create an object that counts as abandoned when this process has ended, however it ended. StorageError if
+        the name is taken."""
+
+    @property
+    def certain_ends(self) -> bool:
+        """Is ``abandoned`` proof that the maker has ended? If not, it may be alive and slow, and must be fenced."""
 
     def abandoned(self, name: str) -> bool:
-        """Has the process that claimed this object ended for sure?"""
+        """Has the process that claimed this object ended, as far as can be told? False if there is no such object."""
 
     def remove_temporaries(self) -> int:
         """Remove what writers that were killed left half written, and nothing of a living one; how many things."""
