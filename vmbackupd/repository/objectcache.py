@@ -68,7 +68,9 @@ class ObjectCache:
         """Download to a file beside, then name it: a copy is whole or not there."""
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for directory in (*reversed(path.parent.parents), path.parent):  # mkdir(parents=True) forgets the mode
+                if not directory.exists():
+                    directory.mkdir(mode=0o700, exist_ok=True)
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as reason:
             raise StorageError(f"cache {path.parent}: {reason.strerror}") from reason
