@@ -189,6 +189,8 @@ class ServeFailed(BackupError):
     """The NBD server of a backup's volume did not start, or ended by itself."""
 
     code = "ServeFailed"
+
+
 class StorageUnsuitable(StorageError):
     """The object store lacks something the repository's safety rests on; found out when a repository is made."""
 
