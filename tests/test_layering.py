@@ -26,12 +26,13 @@ ALLOWED: dict[str, set[str]] = {
     "hypervisor": LEAVES | {"host", "config"},
     "guest": LEAVES | {"config"},
     "guest_helper": set(),
-    "job": LEAVES | {"config", "engine", "repository", "host", "hypervisor", "guest", "restore"},
+    "job": LEAVES | {"config", "engine", "repository", "host", "hypervisor", "guest", "restore", "exchange"},
     "exchange": LEAVES | {"config", "engine", "repository", "host", "hypervisor"},
     "restore": LEAVES | {"config", "engine", "repository", "host", "hypervisor", "job.observer", "job.options"},
     "api": LEAVES | {"job.manager", "job.options", "job.states", "job.observer"},
     "cli": LEAVES | {"api.names"},
-    "daemon": LEAVES | {"config", "engine", "repository", "host", "hypervisor", "guest", "job", "restore", "api"},
+    "daemon": LEAVES
+    | {"config", "engine", "repository", "host", "hypervisor", "guest", "job", "restore", "exchange", "api"},
     "__main__": {"daemon"},
 }
 

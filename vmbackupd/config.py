@@ -11,6 +11,7 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 
 from vmbackupd.errors import ConfigError
@@ -19,6 +20,7 @@ from vmbackupd.units import GiB, KiB, MiB, TiB, human
 DEFAULT_FILE = Path("/etc/vmbackupd/vmbackupd.toml")
 DEFAULT_STATE = Path("/var/lib/vmbackupd")
 DEFAULT_RUNTIME = Path("/run/vmbackupd")
+DEFAULT_CACHE = Path("/var/cache/vmbackupd")
 
 _SECONDS = {"ms": 0.001, "s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _BYTES = {"B": 1, "KIB": KiB, "MIB": MiB, "GIB": GiB, "TIB": TiB}
@@ -27,10 +29,82 @@ _TOO_LARGE = 1e24  # neither a size nor a duration of this world
 
 
 @dataclass(frozen=True, slots=True)
-class RepositoryConfig:
-    """Where backups go."""
+class S3Config:
+    """How an object store is reached. None takes what boto3 finds: environment, ``~/.aws``, the instance's role.
 
-    path: Path
+    ``credentials_file`` is in the format of ``~/.aws/credentials`` and read with ``profile`` (None: ``default``);
+    ``credential`` names a systemd credential in the same format. ``addressing``: ``auto``, ``path`` or ``virtual``
+    (bucket in the path, or in the host name). A request without a byte moving for ``timeout`` seconds is given up.
+    ``lock_days`` and ``lock_mode`` are for ``repository init`` on a bucket with object lock.
+    """
+
+    endpoint: str | None = None
+    region: str | None = None
+    profile: str | None = None
+    credentials_file: Path | None = None
+    credential: str | None = None
+    ca_file: Path | None = None
+    addressing: str = "auto"
+    timeout: float = 30.0
+    lock_days: int = 0
+    lock_mode: str = "governance"
+
+
+@dataclass(frozen=True, slots=True)
+class RepositoryConfig:
+    """Where backups go, and how: ``path`` is a local directory, ``url`` (``s3://BUCKET/PREFIX``, ``file:///PATH``)
+    takes its place and makes it None. ``compression_level`` is zstd's; ``pack_size`` in bytes; ``workers`` threads
+    that hash and compress, 0 for one a processor."""
+
+    path: Path | None
+    url: str | None = None
+    compression_level: int = 1
+    pack_size: int = 16 * MiB
+    workers: int = 0
+    s3: S3Config = field(default_factory=S3Config)
+
+    @property
+    def place(self) -> str:
+        """The repository as one text: its URL, or its path."""
+        return self.url or str(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class EncryptionConfig:
+    """Where the key of an encrypted repository comes from; each that is given is tried. Secrets themselves are never
+    in the configuration. ``credential`` is the name of a systemd credential of this service."""
+
+    key_file: Path | None = None
+    passphrase_file: Path | None = None
+    credential: str | None = None
+    recovery_key_file: Path | None = None
+
+    @property
+    def configured(self) -> bool:
+        """Whether there is any, so that the repository has to be an encrypted one."""
+        return any((self.key_file, self.passphrase_file, self.credential, self.recovery_key_file))
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionConfig:
+    """How many backups of a VM ``prune`` keeps, by the rule; 0 is none by that rule. ``after_backup`` prunes the VM
+    after each of its backups."""
+
+    keep_last: int = 0
+    keep_hourly: int = 0
+    keep_daily: int = 0
+    keep_weekly: int = 0
+    keep_monthly: int = 0
+    keep_yearly: int = 0
+    after_backup: bool = False
+
+    @property
+    def keeps(self) -> dict[str, int]:
+        """The rules that keep anything, by name."""
+        return {name: count for name in KEEP_RULES if (count := getattr(self, name))}
+
+
+KEEP_RULES = tuple(name for name in RetentionConfig.__dataclass_fields__ if name.startswith("keep_"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +160,9 @@ class Config:
     guest: GuestConfig = field(default_factory=GuestConfig)
     bus: BusConfig = field(default_factory=BusConfig)
     jobs: JobsConfig = field(default_factory=JobsConfig)
+    encryption: EncryptionConfig = field(default_factory=EncryptionConfig)
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
+    cache_directory: Path = DEFAULT_CACHE
 
 
 def load(path: Path | None = None, overrides: Mapping[str, str] | None = None) -> Config:
@@ -112,8 +189,12 @@ def parse(text: str, file: str = "configuration", overrides: Mapping[str, str] |
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: not valid TOML: {error}") from error
     values = {key: _value(file, key, value) for key, value in _flatten(file, document)}
+    for one, other in (("repository.path", "repository.url"), ("repository.url", "repository.path")):
+        if one in (overrides or {}):
+            values.pop(other, None)
     for key, value in (overrides or {}).items():
         values[key] = _value("command line", key, value)
+    _check_together(file, values)
     return _build(values)
 
 
@@ -123,8 +204,7 @@ def to_toml(config: Config) -> str:
     section = ""
     for key in _KEYS:
         head, _, name = key.rpartition(".")
-        owner = getattr(config, head) if head else config
-        value = getattr(owner, name)
+        value = attrgetter(key)(config)
         if head != section:
             section = head
             lines += ["", f"[{head}]"]
@@ -155,9 +235,59 @@ def _share(value: object) -> float:
     return result
 
 
-def _count(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 64:
-        raise ValueError("a whole number from 1 to 64")
+def _whole(low: int, high: int) -> Callable[[object], int]:
+    def check(value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ValueError(f"a whole number from {low} to {high}")
+        return value
+
+    return check
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def _one_of(*words: str) -> Callable[[object], str]:
+    def check(value: object) -> str:
+        if not isinstance(value, str) or value not in words:
+            raise ValueError(f"one of {', '.join(words)}")
+        return value
+
+    return check
+
+
+def _timeout(value: object) -> float:
+    result = seconds(value)
+    if not 1 <= result <= 3600:
+        raise ValueError("a duration from 1 s to 1 h")
+    return result
+
+
+def _pack_size(value: object) -> int:
+    result = size(value)
+    if not MiB <= result <= 256 * MiB:
+        raise ValueError("a size from 1 MiB to 256 MiB")
+    return result
+
+
+def _url(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"s3://[^/\s@]+(/\S*)?|file:///\S+", value):
+        raise ValueError("a URL such as s3://bucket/prefix or file:///path, without credentials")
+    return value
+
+
+def _web_url(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"https?://[^/\s@]+/?", value):
+        raise ValueError("a URL such as https://s3.example.com:7480, without credentials")
+    return value
+
+
+def _credential(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", value):
+        raise ValueError("the name of a systemd credential (LoadCredential= of the unit), no path")
     return value
 
 
@@ -176,7 +306,28 @@ def _text(value: object) -> str:
 _KEYS: dict[str, Callable[[object], object]] = {
     "state_directory": _path,
     "runtime_directory": _path,
+    "cache_directory": _path,
     "repository.path": _path,
+    "repository.url": _url,
+    "repository.compression_level": _whole(1, 19),
+    "repository.pack_size": _pack_size,
+    "repository.workers": _whole(0, 64),
+    "repository.s3.endpoint": _web_url,
+    "repository.s3.region": _text,
+    "repository.s3.profile": _text,
+    "repository.s3.credentials_file": _path,
+    "repository.s3.credential": _credential,
+    "repository.s3.ca_file": _path,
+    "repository.s3.addressing": _one_of("auto", "path", "virtual"),
+    "repository.s3.timeout": _timeout,
+    "repository.s3.lock_days": _whole(0, 36_500),
+    "repository.s3.lock_mode": _one_of("governance", "compliance"),
+    "encryption.key_file": _path,
+    "encryption.passphrase_file": _path,
+    "encryption.credential": _credential,
+    "encryption.recovery_key_file": _path,
+    **{f"retention.{rule}": _whole(0, 10_000) for rule in KEEP_RULES},
+    "retention.after_backup": _flag,
     "hypervisor.uri": _text,
     "guest.freeze_budget": seconds,
     "guest.lease": seconds,
@@ -184,9 +335,9 @@ _KEYS: dict[str, Callable[[object], object]] = {
     "scratch.share": _share,
     "scratch.size": size,
     "bus.address": _text,
-    "jobs.parallel": _count,
+    "jobs.parallel": _whole(1, 64),
 }
-_SECTIONS = {key.partition(".")[0] for key in _KEYS if "." in key}
+_SECTIONS = {key.rpartition(".")[0] for key in _KEYS if "." in key}
 
 
 def _quantity(value: object, units: Mapping[str, float], plain: float) -> float | None:
@@ -209,14 +360,15 @@ def _quantity(value: object, units: Mapping[str, float], plain: float) -> float 
     return None if factor is None else number * factor
 
 
-def _flatten(file: str, document: Mapping[str, object]) -> list[tuple[str, object]]:
+def _flatten(file: str, document: Mapping[str, object], inside: str = "") -> list[tuple[str, object]]:
     """The document's keys as ``section.key``; refuses a section that is no table."""
     flat: list[tuple[str, object]] = []
-    for key, value in document.items():
+    for name, value in document.items():
+        key = f"{inside}.{name}" if inside else name
         if key in _SECTIONS:
             if not isinstance(value, dict):
                 raise ConfigError(f"{file}: {key}: expected a section [{key}], found {value!r}")
-            flat += [(f"{key}.{name}", inner) for name, inner in value.items()]
+            flat += _flatten(file, value, key)
         else:
             flat.append((key, value))
     return flat
@@ -236,19 +388,40 @@ def _value(file: str, key: str, value: object) -> object:
         raise ConfigError(f"{file}: {key}: expected {error}, found {value!r}") from None
 
 
+def _check_together(file: str, values: Mapping[str, object]) -> None:
+    """Refuse keys that contradict each other."""
+    for one, other in (
+        ("repository.path", "repository.url"),
+        ("repository.s3.credentials_file", "repository.s3.credential"),
+    ):
+        if one in values and other in values:
+            raise ConfigError(f"{file}: {one} and {other}: expected one of them, remove the other")
+    if values.get("retention.after_backup") and not any(values.get(f"retention.{rule}") for rule in KEEP_RULES):
+        raise ConfigError(
+            f"{file}: retention.after_backup: expected one of {', '.join(KEEP_RULES)} above zero beside it, because a"
+            " prune without a rule would keep nothing"
+        )
+
+
 def _build(values: Mapping[str, object]) -> Config:
     def section(name: str, **defaults: object) -> dict[str, object]:
-        given = {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{name}.")}
+        given = {key.rpartition(".")[2]: value for key, value in values.items() if key.rpartition(".")[0] == name}
         return defaults | given
 
     state = values.get("state_directory", DEFAULT_STATE)
     runtime = values.get("runtime_directory", DEFAULT_RUNTIME)
     assert isinstance(state, Path) and isinstance(runtime, Path)
+    path = None if "repository.url" in values else state / "repository"
     # The values passed _KEYS, which mypy cannot see through the dictionary.
     return Config(
         state_directory=state,
         runtime_directory=runtime,
-        repository=RepositoryConfig(**section("repository", path=state / "repository")),  # type: ignore[arg-type]
+        cache_directory=values.get("cache_directory", DEFAULT_CACHE),  # type: ignore[arg-type]
+        repository=RepositoryConfig(
+            **section("repository", path=path, s3=S3Config(**section("repository.s3"))),  # type: ignore[arg-type]
+        ),
+        encryption=EncryptionConfig(**section("encryption")),  # type: ignore[arg-type]
+        retention=RetentionConfig(**section("retention")),  # type: ignore[arg-type]
         scratch=ScratchConfig(**section("scratch", directory=state / "scratch")),  # type: ignore[arg-type]
         hypervisor=HypervisorConfig(**section("hypervisor")),  # type: ignore[arg-type]
         guest=GuestConfig(**section("guest")),  # type: ignore[arg-type]
@@ -258,6 +431,8 @@ def _build(values: Mapping[str, object]) -> Config:
 
 
 def _toml_value(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, int | float):
         note = f"  # {human(value)}" if isinstance(value, int) and value >= KiB else ""
         return f"{value}{note}"

@@ -38,7 +38,7 @@ class Bus(MessageBus):
     """
 
     def __init__(self, address: str | None) -> None:
-        super().__init__(bus_address=address, bus_type=BusType.SYSTEM)
+        super().__init__(bus_address=address, bus_type=BusType.SYSTEM, negotiate_unix_fd=True)
         self._outgoing: deque[tuple[Message, asyncio.Future[None]]] = deque()
         self._current: asyncio.Future[Any] | None = None
         self._waiting_fd = -1

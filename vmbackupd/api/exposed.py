@@ -6,8 +6,10 @@ decorator instead, which also does what every method needs: authorisation, and e
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from functools import wraps
@@ -24,12 +26,29 @@ log = logging.getLogger("api")
 
 # dbus-fast does not tell a method who calls: a message handler puts it here, and the method's task inherits it.
 _sender: ContextVar[str] = ContextVar("sender", default="")
+_descriptors: ContextVar[tuple[int, ...]] = ContextVar("descriptors", default=())
+
+_TAKE_DESCRIPTORS: set[str] = set()  # the methods whose options may hold descriptors
 
 
 def remember_sender(message: Message) -> None:
-    """A message handler for the bus the interfaces are exported on."""
+    """A message handler for the bus the interfaces are exported on.
+
+    Descriptors that came with a message are ours to close: at once, where no method is going to take them.
+    """
+    descriptors = tuple(message.unix_fds or ())
+    taken = message.message_type is MessageType.METHOD_CALL and message.member in _TAKE_DESCRIPTORS
+    if not taken:
+        _close(descriptors)
     if message.message_type is MessageType.METHOD_CALL:
         _sender.set(message.sender or "")
+        _descriptors.set(descriptors if taken else ())
+
+
+def _close(descriptors: tuple[int, ...]) -> None:
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
 
 
 class Exposed(ServiceInterface):
@@ -40,11 +59,16 @@ class Exposed(ServiceInterface):
         self._authority = authority
 
 
-def exposed_method(name: str, returns: str = "", **arguments: str) -> Callable[[Callable[..., Awaitable[Any]]], Any]:
+def exposed_method(
+    name: str, returns: str = "", /, *, takes_descriptors: bool = False, **arguments: str
+) -> Callable[[Callable[..., Awaitable[Any]]], Any]:
     """A method of the interface: its name, the D-Bus type it returns and those of its arguments, by name and in order.
 
-    Text arguments are the details that authorisation gets.
+    Text arguments are the details that authorisation gets. Descriptors in the options of a method that takes them are
+    closed when it returns.
     """
+    if takes_descriptors:
+        _TAKE_DESCRIPTORS.add(name)
 
     def decorate(function: Callable[..., Awaitable[Any]]) -> Any:
         @wraps(function)
@@ -62,6 +86,8 @@ def exposed_method(name: str, returns: str = "", **arguments: str) -> Callable[[
             except Exception as error:
                 log.exception("%s failed", name)
                 raise to_dbus_error(BackupError(f"internal error: {type(error).__name__}: {error}")) from error
+            finally:
+                _close(_descriptors.get())
 
         return method(name)(_annotated(call, returns, arguments))
 

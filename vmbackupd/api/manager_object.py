@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 from dbus_fast import Variant
@@ -11,7 +12,9 @@ from vmbackupd.api import marshal
 from vmbackupd.api.authorise import Authority
 from vmbackupd.api.exposed import Exposed, exposed_method, exposed_property
 from vmbackupd.api.names import MANAGER, job_path
+from vmbackupd.api.secret import read_secret, revealer
 from vmbackupd.job.manager import JobManager
+from vmbackupd.job.options import InitOptions, KeyOptions
 
 Options = Mapping[str, Variant]
 
@@ -36,6 +39,36 @@ class ManagerObject(Exposed):
     async def restore(self, backup: str, options: Options) -> str:
         return job_path(self._manager.start_restore(backup, marshal.restore_options(options)).id)
 
+    @exposed_method("Forget", "o", backups="as", options="a{sv}")
+    async def forget(self, backups: list[str], options: Options) -> str:
+        values = marshal.read_options(options, marshal.FORGET_OPTIONS)
+        return job_path(self._manager.start_forget(tuple(backups), **values).id)
+
+    @exposed_method("Prune", "o", vm="s", options="a{sv}")
+    async def prune(self, vm: str, options: Options) -> str:
+        return job_path(self._manager.start_prune(vm or None, marshal.prune_options(options)).id)
+
+    @exposed_method("CollectGarbage", "o", options="a{sv}")
+    async def collect_garbage(self, options: Options) -> str:
+        return job_path(self._manager.start_gc(marshal.gc_options(options)).id)
+
+    @exposed_method("Verify", "o", backups="as", options="a{sv}")
+    async def verify(self, backups: list[str], options: Options) -> str:
+        return job_path(self._manager.start_verify(marshal.verify_options(backups, options)).id)
+
+    @exposed_method("Export", "o", backup="s", volume="s", file="s", options="a{sv}")
+    async def export(self, backup: str, volume: str, file: str, options: Options) -> str:
+        return job_path(self._manager.start_export(backup, volume, file, marshal.export_options(options)).id)
+
+    @exposed_method("Import", "o", file="s", name="s", options="a{sv}")
+    async def import_image(self, file: str, name: str, options: Options) -> str:
+        return job_path(self._manager.start_import(file, name, marshal.import_options(options)).id)
+
+    @exposed_method("Serve", "o", backup="s", volume="s", options="a{sv}")
+    async def serve(self, backup: str, volume: str, options: Options) -> str:
+        values = marshal.read_options(options, marshal.SERVE_OPTIONS)
+        return job_path(self._manager.start_serve(backup, volume, values.get("socket")).id)
+
     @exposed_method("Recover", "o", options="a{sv}")
     async def recover(self, options: Options) -> str:
         marshal.read_options(options, marshal.NO_OPTIONS)
@@ -56,10 +89,36 @@ class ManagerObject(Exposed):
         marshal.read_options(options, marshal.NO_OPTIONS)
         return marshal.to_json(await self._manager.show_backup(backup))
 
-    @exposed_method("InitRepository", "s", options="a{sv}")
-    async def init_repository(self, options: Options) -> str:
+    @exposed_method("Protect", "s", backup="s", protected="b", options="a{sv}")
+    async def protect(self, backup: str, protected: bool, options: Options) -> str:
         marshal.read_options(options, marshal.NO_OPTIONS)
-        return marshal.to_json(await self._manager.init_repository())
+        return marshal.to_json(await self._manager.protect(backup, protected))
+
+    @exposed_method("InitRepository", "s", takes_descriptors=True, options="a{sv}")
+    async def init_repository(self, options: Options) -> str:
+        values = marshal.read_options(options, marshal.INIT_OPTIONS)
+        reveal = revealer(values["recovery_key"]) if "recovery_key" in values else None
+        return marshal.to_json(await self._manager.init_repository(InitOptions(values.get("encrypt", False), reveal)))
+
+    @exposed_method("ListKeys", "s", options="a{sv}")
+    async def list_keys(self, options: Options) -> str:
+        marshal.read_options(options, marshal.NO_OPTIONS)
+        return marshal.to_json(await self._manager.list_keys())
+
+    @exposed_method("AddKey", "s", takes_descriptors=True, kind="s", options="a{sv}")
+    async def add_key(self, kind: str, options: Options) -> str:
+        values = marshal.read_options(options, marshal.KEY_OPTIONS)
+        for secret in ("secret", "unlock"):
+            if secret in values:
+                values[secret] = await asyncio.to_thread(read_secret, values[secret])
+        if "recovery_key" in values:
+            values["reveal"] = revealer(values.pop("recovery_key"))
+        return marshal.to_json(await self._manager.add_key(KeyOptions(kind, **values)))
+
+    @exposed_method("RevokeKey", "s", slot="s", options="a{sv}")
+    async def revoke_key(self, slot: str, options: Options) -> str:
+        marshal.read_options(options, marshal.NO_OPTIONS)
+        return marshal.to_json(await self._manager.revoke_key(slot))
 
     @exposed_method("RepositoryInfo", "s", options="a{sv}")
     async def repository_info(self, options: Options) -> str:

@@ -13,7 +13,15 @@ from dbus_fast import DBusError, Variant
 from vmbackupd.api.names import ERROR_PREFIX
 from vmbackupd.errors import BackupError, InvalidArgument
 from vmbackupd.job.manager import Job
-from vmbackupd.job.options import BackupOptions, RestoreOptions
+from vmbackupd.job.options import (
+    BackupOptions,
+    ExportOptions,
+    GcOptions,
+    ImportOptions,
+    PruneOptions,
+    RestoreOptions,
+    VerifyOptions,
+)
 from vmbackupd.model import RevertMode
 
 
@@ -36,11 +44,24 @@ def _revert(value: str) -> RevertMode:
 _TEXT = Option(("s",), str)
 _FLAG = Option(("b",), bool)
 _NUMBER = Option(("d", "u", "i", "t", "x"), float)
+_COUNT = Option(("u", "t"), int)
 _REVERT = Option(("s",), _revert)
+_DESCRIPTOR = Option(("h",), int)
 
 BACKUP_OPTIONS = {"revert": _REVERT, "allow_uncovered": Option(("as",), tuple), "freeze_budget": _NUMBER}
 RESTORE_OPTIONS = {"name": _TEXT, "directory": _TEXT, "volumes": Option(("a{ss}",), dict), "dry_run": _FLAG,
-                   "force": _FLAG, "start": _FLAG, "revert": _REVERT}
+                   "force": _FLAG, "start": _FLAG, "revert": _REVERT, "in_place": _FLAG}
+FORGET_OPTIONS = {"dry_run": _FLAG}
+KEEP_RULES = tuple(f"keep_{rule}" for rule in ("last", "hourly", "daily", "weekly", "monthly", "yearly"))
+PRUNE_OPTIONS = {"dry_run": _FLAG, **dict.fromkeys(KEEP_RULES, _COUNT)}
+GC_OPTIONS = {"dry_run": _FLAG, "threshold": _NUMBER}
+VERIFY_OPTIONS = {"data": _FLAG, "rate": _COUNT, "restart": _FLAG}
+EXPORT_OPTIONS = {"format": _TEXT, "compress": _FLAG, "force": _FLAG}
+IMPORT_OPTIONS = {"format": _TEXT, "volume": _TEXT, "allow_backing": _FLAG}
+SERVE_OPTIONS = {"socket": _TEXT}
+INIT_OPTIONS = {"encrypt": _FLAG, "recovery_key": _DESCRIPTOR}
+KEY_OPTIONS = {"label": _TEXT, "path": _TEXT, "name": _TEXT, "secret": _DESCRIPTOR, "unlock": _DESCRIPTOR,
+               "recovery_key": _DESCRIPTOR}
 PAGE_OPTIONS = {"limit": Option(("u",), int), "after": _TEXT}
 NO_OPTIONS: dict[str, Option] = {}
 
@@ -71,6 +92,32 @@ def backup_options(given: Mapping[str, Variant]) -> BackupOptions:
 def restore_options(given: Mapping[str, Variant]) -> RestoreOptions:
     """The options of ``Restore``."""
     return RestoreOptions(**read_options(given, RESTORE_OPTIONS))
+
+
+def prune_options(given: Mapping[str, Variant]) -> PruneOptions:
+    """The options of ``Prune``."""
+    values = read_options(given, PRUNE_OPTIONS)
+    return PruneOptions({rule: values[rule] for rule in KEEP_RULES if rule in values}, values.get("dry_run", False))
+
+
+def gc_options(given: Mapping[str, Variant]) -> GcOptions:
+    """The options of ``CollectGarbage``."""
+    return GcOptions(**read_options(given, GC_OPTIONS))
+
+
+def verify_options(backups: list[str], given: Mapping[str, Variant]) -> VerifyOptions:
+    """The options of ``Verify``."""
+    return VerifyOptions(tuple(backups), **read_options(given, VERIFY_OPTIONS))
+
+
+def export_options(given: Mapping[str, Variant]) -> ExportOptions:
+    """The options of ``Export``."""
+    return ExportOptions(**read_options(given, EXPORT_OPTIONS))
+
+
+def import_options(given: Mapping[str, Variant]) -> ImportOptions:
+    """The options of ``Import``."""
+    return ImportOptions(**read_options(given, IMPORT_OPTIONS))
 
 
 def page(items: list[dict[str, object]], options: Mapping[str, Variant]) -> list[dict[str, object]]:

@@ -143,7 +143,7 @@ class Client:
         Raises :class:`DaemonUnreachable`.
         """
         try:
-            bus = MessageBus(bus_address=address, bus_type=BusType.SYSTEM)
+            bus = MessageBus(bus_address=address, bus_type=BusType.SYSTEM, negotiate_unix_fd=True)
             await bus.connect()
         except (OSError, EOFError, ValueError, DBusError) as error:  # wrong addresses and refusals are ValueErrors
             where = f"the bus at {address}" if address else "the system bus"
@@ -223,8 +223,11 @@ class Client:
         return watch
 
     async def _call(self, path: str, interface: str, member: str, signature: str, *body: object) -> list[Any]:
+        # What travels is a position in the message's list of descriptors.
+        descriptors: list[int] = []
+        arguments = [_positions(value, descriptors) if isinstance(value, dict) else value for value in body]
         return await self._send(Message(destination=BUS_NAME, path=path, interface=interface, member=member,
-                                        signature=signature, body=list(body)))
+                                        signature=signature, body=arguments, unix_fds=descriptors))
 
     async def _send(self, message: Message) -> list[Any]:
         try:
@@ -289,6 +292,21 @@ def texts_option(values: list[str]) -> Variant:
 def mapping_option(values: Mapping[str, str]) -> Variant:
     """An option of type text to text."""
     return Variant("a{ss}", dict(values))
+
+
+def descriptor_option(descriptor: int) -> Variant:
+    """An option that hands an open file over. It stays ours to close, after the call."""
+    return Variant("h", descriptor)
+
+
+def _positions(options: Mapping[str, Any], descriptors: list[int]) -> dict[str, Any]:
+    """``options`` with places in ``descriptors``, to which theirs are added, instead of descriptors."""
+    result = dict(options)
+    for name, value in options.items():
+        if isinstance(value, Variant) and value.signature == "h":
+            descriptors.append(value.value)
+            result[name] = Variant("h", len(descriptors) - 1)
+    return result
 
 
 def plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +21,14 @@ class Detached(Exception):
     """The user stopped waiting; the job goes on."""
 
 
-async def run_job(session: Session, watch: JobWatch, describe: Callable[[dict[str, Any]], str]) -> int:
-    """Wait for the job unless ``--no-wait``, print its result with ``describe``, and return the exit status.
+#: Jobs that leave what they completed when they are stopped, because that is whole in itself.
+KEEPING = frozenset({"forget", "prune", "gc", "verify", "serve"})
+
+
+async def run_job(session: Session, watch: JobWatch, describe: Callable[[dict[str, Any]], str],
+                  judge: Callable[[Session, JobView], int] | None = None) -> int:
+    """Wait for the job unless ``--no-wait``, print its result with ``describe``, and return the exit status, which
+    ``judge`` finds for a job that succeeded, or else :func:`status`.
 
     Raises the job's error when it failed, ``Cancelled`` when it was cancelled.
     """
@@ -36,11 +43,17 @@ async def run_job(session: Session, watch: JobWatch, describe: Callable[[dict[st
               file=sys.stderr)
         return exits.DETACHED
     if view.state == "cancelled":
-        raise Cancelled(f"job {view.id} was cancelled; everything it did is undone")
+        raise Cancelled(cancelled_text(view, "was cancelled"))
     if view.error is not None:
         raise view.error
     session.output({"job": view.id, "warnings": list(view.warnings), **view.result}, describe(view.result))
-    return status(session, view)
+    return (judge or status)(session, view)
+
+
+def cancelled_text(view: JobView, verb: str) -> str:
+    """That a job was stopped, and what that means for what it had done."""
+    after = "what it had completed stays" if view.kind in KEEPING else "everything it did is undone"
+    return f"job {view.id} {verb}; {after}"
 
 
 def status(session: Session, view: JobView) -> int:
@@ -82,6 +95,24 @@ async def follow(client: Client, watch: JobWatch, display: Display) -> JobView:
     return watch.view
 
 
+async def run_until_interrupted(client: Client, watch: JobWatch, changed: Callable[[JobView], None]) -> None:
+    """Wait until the job has ended, telling ``changed`` of its changes; Ctrl-C, and a request to terminate, cancel it.
+
+    Raises ``DaemonLost``.
+    """
+    with Interrupts(signal.SIGINT, signal.SIGTERM) as interrupts:
+        interrupted = asyncio.ensure_future(interrupts.next())
+        ended = asyncio.ensure_future(_until_final(watch, changed))
+        try:
+            await _first(interrupted, ended)
+            if interrupted.done():
+                await _cancel(client, watch.view.id)
+            await ended
+        finally:
+            await _stop(interrupted)
+            await _stop(ended)
+
+
 async def _interrupted(client: Client, watch: JobWatch, interrupts: Interrupts) -> None:
     """Ask what a Ctrl-C means, while the job goes on; a second one stops waiting."""
     job = watch.view
@@ -116,9 +147,10 @@ async def _cancel(client: Client, job_id: str) -> None:
             raise
 
 
-async def _until_final(watch: JobWatch) -> None:
+async def _until_final(watch: JobWatch, changed: Callable[[JobView], None] = lambda view: None) -> None:
+    changed(watch.view)
     while not watch.view.final:
-        await watch.change()
+        changed(await watch.change())
 
 
 async def _first(*tasks: asyncio.Task[Any]) -> None:

@@ -10,18 +10,21 @@ from types import TracebackType
 
 
 class Interrupts:
-    """Turns SIGINT into something to await, as a context manager."""
+    """Turns signals, SIGINT if no others are named, into something to await, as a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, *signals: signal.Signals) -> None:
         self._count: asyncio.Queue[None] = asyncio.Queue()
+        self._signals = signals or (signal.SIGINT,)
 
     def __enter__(self) -> Interrupts:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self._count.put_nowait, None)
+        for number in self._signals:
+            asyncio.get_running_loop().add_signal_handler(number, self._count.put_nowait, None)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
+        for number in self._signals:
+            asyncio.get_running_loop().remove_signal_handler(number)
 
     async def next(self) -> None:
         """Wait for a Ctrl-C."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from vmbackupd.cli import exits
 from vmbackupd.cli.client import JobView
-from vmbackupd.cli.follow import Detached, follow, run_job
+from vmbackupd.cli.follow import Detached, cancelled_text, follow, run_job
 from vmbackupd.cli.options import Subcommands, add_command, add_wait
 from vmbackupd.cli.session import Session
 from vmbackupd.cli.table import table
@@ -53,7 +53,7 @@ async def cancel(session: Session) -> int:
     except Detached:
         return exits.DETACHED
     if view.state == "cancelled":
-        session.output(document(view), f"job {job_id} is cancelled; everything it did is undone")
+        session.output(document(view), cancelled_text(view, "is cancelled"))
         return exits.DONE
     raise view.error or BackupError(f"job {job_id} could not be cancelled any more: it {view.state}")
 

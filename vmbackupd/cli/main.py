@@ -11,15 +11,16 @@ from collections.abc import Sequence
 
 from vmbackupd import __version__
 from vmbackupd.api.names import ADDRESS_VARIABLE
-from vmbackupd.cli import backups, exits, jobs, machines, repository, restore
+from vmbackupd.cli import backups, care, exchange, exits, jobs, keys, machines, repository, restore
 from vmbackupd.cli.client import Client
 from vmbackupd.cli.options import add_global_options
 from vmbackupd.cli.session import Session
 from vmbackupd.cli.text import printable
 from vmbackupd.errors import BackupError
 
-EPILOG = """exit status: 0 done; 1 failed; 2 wrong usage; 3 done, but volumes are missing or degraded, which was
-allowed; 130 interrupted, the job goes on"""
+EPILOG = """exit status: 0 done; 1 failed, or verify found damage; 2 wrong usage; 3 done, but volumes are missing or
+degraded, which was allowed, or backups are still there because the store has locked them; 130 interrupted, the job
+goes on"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,14 +29,18 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--version", action="version", version=f"vmbackupctl {__version__}")
     add_global_options(result)
     commands = result.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for group in (machines, backups, restore, jobs, repository):
+    for group in (machines, backups, restore, jobs, care, exchange):
         group.register(commands)
+    keys.register(repository.register(commands))
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    args = parser().parse_args(arguments)
+    command_line = parser()
+    args = command_line.parse_args(arguments)
+    if (check := getattr(args, "check", None)) and (wrong := check(args)):
+        command_line.error(wrong)
     for name, value in (("json", False), ("quiet", False), ("bus_address", os.environ.get(ADDRESS_VARIABLE))):
         if not hasattr(args, name):
             setattr(args, name, value)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from vmbackupd import units
 from vmbackupd.cli.session import Session
 
 Subcommands = Any  # argparse has no public name for what add_subparsers() returns
@@ -32,6 +34,41 @@ def add_global_options(parser: argparse.ArgumentParser) -> None:
 def add_wait(parser: argparse.ArgumentParser) -> None:
     """``--no-wait`` for commands that start a job."""
     parser.add_argument("--no-wait", action="store_true", help="print the job's id and do not wait for its end")
+
+
+def add_dry_run(parser: argparse.ArgumentParser, help_text: str) -> None:
+    """``--dry-run``."""
+    parser.add_argument("--dry-run", action="store_true", help=help_text)
+
+
+def count(text: str) -> int:
+    """A whole number on the command line, not below 0."""
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise argparse.ArgumentTypeError("expected a whole number, 0 or more")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """A share on the command line: ``0.3`` or ``30%``."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError("expected a share from 0 to 1, or such as 30%")
+    return value
+
+
+def size(text: str) -> int:
+    """A size on the command line: ``1048576``, ``50MiB``, ``"1.5 GiB"``; ``M`` alone is ``MiB``."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?(?:([KMGT])(?:iB)?|B?)", text, re.ASCII)
+    value = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if value <= 0:
+        raise argparse.ArgumentTypeError("expected a size above zero, such as 50MiB or 1GiB")
+    return value
+
+
+_UNITS = {"": 1, "K": units.KiB, "M": units.MiB, "G": units.GiB, "T": units.TiB}
 
 
 def seconds(text: str) -> float:

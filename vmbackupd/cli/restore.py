@@ -22,6 +22,8 @@ def register(subcommands: Subcommands) -> None:
     parser.add_argument("--volume", metavar="VOLUME=TARGET", type=volume_target, action="append", default=[],
                         help="where a volume goes: a file, a block device or iscsi://PORTAL/IQN/LUN (may be repeated)")
     parser.add_argument("--force", action="store_true", help="write to targets that are not empty")
+    parser.add_argument("--in-place", action="store_true",
+                        help="read targets that hold data and write only what differs; implies --force")
     parser.add_argument("--revert", choices=("backup", "restore"),
                         help="revert while restoring, instead of using what was reverted at backup time")
     either = parser.add_mutually_exclusive_group()
@@ -33,7 +35,8 @@ def register(subcommands: Subcommands) -> None:
 async def restore(session: Session) -> int:
     """``restore BACKUP``."""
     args = session.args
-    options = {name: flag_option(True) for name in ("dry_run", "force", "start") if getattr(args, name)}
+    options = {name: flag_option(True) for name in ("dry_run", "force", "start", "in_place")
+               if getattr(args, name)}
     if args.name:
         options["name"] = text_option(args.name)
     if args.to:

@@ -42,6 +42,8 @@ def configuration(args: argparse.Namespace) -> Config:
     Raises ``ConfigError``.
     """
     overrides = {key: value for key in OVERRIDES.values() if (value := getattr(args, key)) is not None}
+    if "://" in overrides.get("repository.path", ""):
+        overrides["repository.url"] = overrides.pop("repository.path")
     if address := os.environ.get(ADDRESS_VARIABLE):
         overrides.setdefault("bus.address", address)
     return load(args.config, overrides)

@@ -33,8 +33,11 @@ def make_directories(config: Config) -> None:
 
     QEMU, which runs under another user, has to get through to the scratch disks and no further. Raises ``ConfigError``.
     """
-    for directory, mode in ((config.state_directory, 0o711), (config.runtime_directory, 0o700),
-                            (config.scratch.directory, 0o711)):
+    directories = [(config.state_directory, 0o711), (config.runtime_directory, 0o700),
+                   (config.scratch.directory, 0o711)]
+    if config.repository.url:
+        directories.append((config.cache_directory, 0o700))  # index files of an object store
+    for directory, mode in directories:
         try:
             _make(directory, mode)
         except OSError as error:

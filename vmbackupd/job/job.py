@@ -11,7 +11,17 @@ from typing import Protocol
 
 from vmbackupd.errors import BackupError, InvalidArgument
 from vmbackupd.job.observer import JobObserver
-from vmbackupd.job.options import BackupOptions, RestoreOptions
+from vmbackupd.job.options import (
+    BackupOptions,
+    ExportOptions,
+    GcOptions,
+    ImportOptions,
+    InitOptions,
+    KeyOptions,
+    PruneOptions,
+    RestoreOptions,
+    VerifyOptions,
+)
 from vmbackupd.job.states import advance
 from vmbackupd.model import JobState
 
@@ -64,8 +74,43 @@ class Runner(Protocol):
     async def show_backup(self, backup: str) -> Result:
         """The manifest with its proof: ``t1``, ``t2``, ``freeze_ms``, ``volumes``, ``coverage``, ..."""
 
-    async def init_repository(self) -> Result:
-        """Make the configured repository: ``{"id", "path", ...}``."""
+    async def forget(self, job: JobContext, backups: tuple[str, ...], dry_run: bool) -> Result:
+        """Forget these: ``{"dry_run", "decisions": [{"backup", "keep", "reason"}], "forgotten": [id], "locked":
+        [id]}``."""
+
+    async def prune(self, job: JobContext, vm: str | None, options: PruneOptions) -> Result:
+        """Forget what the rules do not keep, of one VM or each; answers like ``forget``."""
+
+    async def gc(self, job: JobContext, options: GcOptions) -> Result:
+        """Give back the room of what no backup needs: ``{"removed_packs", "freed_bytes", "repacked_bytes",
+        ...}``."""
+
+    async def verify(self, job: JobContext, options: VerifyOptions) -> Result:
+        """Check the repository: ``{"complete", "damaged": [backup], ...}``."""
+
+    async def export(self, job: JobContext, backup: str, volume: str, file: str, options: ExportOptions) -> Result:
+        """Write a volume into an image file: ``{"backup", "volume", "path", "format", "size", ...}``."""
+
+    async def import_image(self, job: JobContext, file: str, name: str, options: ImportOptions) -> Result:
+        """Make an image file a backup: ``{"backup", "size", ...}``."""
+
+    async def serve(self, job: JobContext, backup: str, volume: str, socket: str | None) -> Result:
+        """Serve a volume over NBD until the job is cancelled. The step ``serving SOCKET`` tells that it can be read."""
+
+    async def protect(self, backup: str, protected: bool) -> Result:
+        """Protect a backup from ``forget`` and ``prune``, or no longer: ``{"backup", "protected"}``."""
+
+    async def list_keys(self) -> list[Result]:
+        """Key slots: ``[{"id", "kind", "label", "created"}]``, oldest first."""
+
+    async def add_key(self, options: KeyOptions) -> Result:
+        """Add a key slot; answers with it."""
+
+    async def revoke_key(self, slot: str) -> Result:
+        """Remove a key slot: ``{"revoked": id}``. Refuses the last one."""
+
+    async def init_repository(self, options: InitOptions) -> Result:
+        """Make the configured repository: ``{"id", "place", "encrypted", "keys": [...], ...}``."""
 
     async def repository_info(self) -> Result:
         """``{"id", "path", ...}`` of the configured repository."""

@@ -1,4 +1,9 @@
-"""The daemon's jobs: a queue, one active job for each VM, cancellation, and a history."""
+"""The daemon's jobs: a queue, one active job for each VM, cancellation, and a history.
+
+Jobs that move a VM's data share the places there are and wait for one. Care of the repository (forget, prune, gc,
+verify) and serving do not: they must not keep a backup waiting, nor wait for one. There is at most one gc and one
+verify; two at once would only read the same twice.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,17 @@ from typing import Any
 
 from vmbackupd.errors import BackupError, Busy, Cancelled, InvalidArgument
 from vmbackupd.job.job import Job, JobContext, Result, Runner, current_job
-from vmbackupd.job.options import BackupOptions, RestoreOptions
+from vmbackupd.job.options import (
+    BackupOptions,
+    ExportOptions,
+    GcOptions,
+    ImportOptions,
+    InitOptions,
+    KeyOptions,
+    PruneOptions,
+    RestoreOptions,
+    VerifyOptions,
+)
 from vmbackupd.model import JobState
 
 __all__ = ["Job", "JobContext", "JobManager", "Result", "Runner"]
@@ -22,6 +37,7 @@ __all__ = ["Job", "JobContext", "JobManager", "Result", "Runner"]
 log = logging.getLogger("job.manager")
 
 HISTORY = 100  # ended jobs that are remembered
+SERVED = 64  # volumes served at the same time
 
 Subscriber = Callable[[Job, set[str]], None]
 Work = Callable[[JobContext], Coroutine[Any, Any, Result]]
@@ -40,6 +56,7 @@ class JobManager:
         self._jobs: dict[str, Job] = {}
         self._queue: deque[tuple[Job, Work]] = deque()
         self._tasks: dict[str, asyncio.Task[Result]] = {}
+        self._beside: set[str] = set()  # jobs that take none of the places
         self._claims: dict[str, Job] = {}
         self._subscribers: list[Subscriber] = []
         self._closing = False
@@ -75,6 +92,57 @@ class JobManager:
         """Queue a recovery of what dead jobs left. Raises ``Busy`` when one is under way."""
         return self._start("recover", "", "recover", self._runner.recover)
 
+    def start_forget(self, backups: tuple[str, ...], *, dry_run: bool = False) -> Job:
+        """Forget these backups."""
+        if not backups or not all(backup.strip() for backup in backups):
+            raise InvalidArgument("the backup to forget has no name")
+        return self._start_beside(
+            "forget", ", ".join(backups), None, lambda job: self._runner.forget(job, backups, dry_run)
+        )
+
+    def start_prune(self, vm: str | None, options: PruneOptions) -> Job:
+        """Forget what the rules do not keep, of one VM or of each."""
+        return self._start_beside("prune", vm or "", None, lambda job: self._runner.prune(job, vm, options))
+
+    def start_gc(self, options: GcOptions) -> Job:
+        """Collect garbage. Raises ``Busy`` when a gc is under way."""
+        return self._start_beside("gc", "", "gc", lambda job: self._runner.gc(job, options))
+
+    def start_verify(self, options: VerifyOptions) -> Job:
+        """Verify the repository. Raises ``Busy`` when a verify is under way."""
+        return self._start_beside(
+            "verify", ", ".join(options.backups), "verify", lambda job: self._runner.verify(job, options)
+        )
+
+    def start_export(self, backup: str, volume: str, file: str, options: ExportOptions) -> Job:
+        """Queue an export. Raises ``Busy`` when a job writes that file."""
+        _require_names(backup=backup, volume=volume)
+        _require_path(file)
+        return self._start(
+            "export", backup, f"file:{file}", lambda job: self._runner.export(job, backup, volume, file, options)
+        )
+
+    def start_import(self, file: str, name: str, options: ImportOptions) -> Job:
+        """Queue the import of an image as a backup of ``name``."""
+        _require_names(name=name)
+        _require_path(file)
+        return self._start("import", name, None, lambda job: self._runner.import_image(job, file, name, options))
+
+    def start_serve(self, backup: str, volume: str, socket: str | None) -> Job:
+        """Serve a volume until the job is cancelled. Raises ``Busy`` when a job serves at that socket."""
+        _require_names(backup=backup, volume=volume)
+        if socket is not None:
+            _require_path(socket)
+        serving = sum(job.kind == "serve" and not job.state.final for job in self._jobs.values())
+        if serving >= SERVED:
+            raise Busy(f"{serving} volumes are served already: cancel one of these jobs first")
+        return self._start_beside(
+            "serve",
+            backup,
+            f"file:{socket}" if socket else None,
+            lambda job: self._runner.serve(job, backup, volume, socket),
+        )
+
     async def recover_at_start(self) -> Job:
         """Recover before anything else runs; a failure is in the job, and logged, but does not keep the daemon down."""
         job = self.start_recover()
@@ -90,8 +158,20 @@ class JobManager:
     async def show_backup(self, backup: str) -> Result:
         return await self._runner.show_backup(backup)
 
-    async def init_repository(self) -> Result:
-        return await self._runner.init_repository()
+    async def protect(self, backup: str, protected: bool) -> Result:
+        return await self._runner.protect(backup, protected)
+
+    async def list_keys(self) -> list[Result]:
+        return await self._runner.list_keys()
+
+    async def add_key(self, options: KeyOptions) -> Result:
+        return await self._runner.add_key(options)
+
+    async def revoke_key(self, slot: str) -> Result:
+        return await self._runner.revoke_key(slot)
+
+    async def init_repository(self, options: InitOptions) -> Result:
+        return await self._runner.init_repository(options)
 
     async def repository_info(self) -> Result:
         return await self._runner.repository_info()
@@ -106,30 +186,42 @@ class JobManager:
             await job.wait()
 
     def _start(self, kind: str, vm: str, resource: str | None, work: Work) -> Job:
-        if self._closing:
-            raise Busy("vmbackupd is stopping: ask again when it has been started")
         if kind != "recover" and not vm.strip():
             raise InvalidArgument("the VM has no name")
+        job = self._new(kind, vm, resource)
+        self._queue.append((job, work))
+        self._run_queued()
+        return job
+
+    def _start_beside(self, kind: str, subject: str, resource: str | None, work: Work) -> Job:
+        job = self._new(kind, subject, resource)
+        self._beside.add(job.id)
+        self._run(job, work)
+        return job
+
+    def _new(self, kind: str, vm: str, resource: str | None) -> Job:
+        if self._closing:
+            raise Busy("vmbackupd is stopping: ask again when it has been started")
         job = Job(self._new_id(), kind, vm, self._changed, self._cancel)
         if resource is not None:
             self._claim(job, resource)
         self._jobs[job.id] = job
         self._changed(job, {"new"})
-        self._queue.append((job, work))
-        self._run_queued()
         return job
 
     def _run_queued(self) -> None:
-        while self._queue and len(self._tasks) < self._parallel:
-            job, work = self._queue.popleft()
-            job.advance(JobState.RUNNING)
-            context = JobContext(job.id, job.observer, partial(self._claim, job), partial(self._others, job))
-            variables = copy_context()
-            variables.run(current_job.set, job)
-            task = asyncio.get_running_loop().create_task(work(context), name=f"job {job.id}", context=variables)
-            self._tasks[job.id] = task
-            # A callback and not the coroutine's own end: a task that is cancelled before its first step runs no code.
-            task.add_done_callback(partial(self._ended, job))
+        while self._queue and len(self._tasks) - len(self._beside) < self._parallel:
+            self._run(*self._queue.popleft())
+
+    def _run(self, job: Job, work: Work) -> None:
+        job.advance(JobState.RUNNING)
+        context = JobContext(job.id, job.observer, partial(self._claim, job), partial(self._others, job))
+        variables = copy_context()
+        variables.run(current_job.set, job)
+        task = asyncio.get_running_loop().create_task(work(context), name=f"job {job.id}", context=variables)
+        self._tasks[job.id] = task
+        # A callback and not the coroutine's own end: a task that is cancelled before its first step runs no code.
+        task.add_done_callback(partial(self._ended, job))
 
     def _cancel(self, job: Job) -> None:
         if job.state is JobState.QUEUED:
@@ -142,6 +234,7 @@ class JobManager:
 
     def _ended(self, job: Job, task: asyncio.Task[Result]) -> None:
         del self._tasks[job.id]
+        self._beside.discard(job.id)
         error = Cancelled(f"job {job.id} was cancelled") if task.cancelled() else task.exception()
         if error is None:
             if job.state is JobState.CANCELLING:
@@ -198,3 +291,14 @@ class JobManager:
 def _fields(job: Job) -> dict[str, str]:
     """Journal fields of a log record about ``job`` that is not written by its own task."""
     return {"VMBACKUP_JOB": job.id, "VMBACKUP_VM": job.vm}
+
+
+def _require_names(**names: str) -> None:
+    for what, name in names.items():
+        if not name.strip():
+            raise InvalidArgument(f"the {what} has no name")
+
+
+def _require_path(path: str) -> None:
+    if not path.startswith("/") or "\0" in path:
+        raise InvalidArgument(f"the path must be absolute, not {path!r}")

@@ -5,57 +5,53 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
-from pathlib import Path
 
-from vmbackupd.config import Config
 from vmbackupd.errors import BackupError, HypervisorError
-from vmbackupd.host.newfile import OnEffect
 from vmbackupd.host.udev import UdevWatch
-from vmbackupd.hypervisor.base import DomainInfo, Hypervisor
-from vmbackupd.hypervisor.storage_daemon import StorageDaemon, end_leftovers
+from vmbackupd.hypervisor.base import DomainInfo
+from vmbackupd.hypervisor.storage_daemon import end_leftovers
 from vmbackupd.job import listing, pipeline, recovery
+from vmbackupd.job.backupid import backup_id
 from vmbackupd.job.context import BackupContext, to_the_end
+from vmbackupd.job.exchanging import Exchange
 from vmbackupd.job.faultpoints import reach
 from vmbackupd.job.job import JobContext, Result
 from vmbackupd.job.journal import Header, Journal
 from vmbackupd.job.options import BackupOptions, RestoreOptions
 from vmbackupd.job.steps import inspect, release
-from vmbackupd.job.undo import UndoContext, unwind
-from vmbackupd.repository import LocalStorage, Repository
+from vmbackupd.job.undo import UndoContext
+from vmbackupd.repository import Repository
 from vmbackupd.restore.execute import execute
-from vmbackupd.restore.plan import RestorePlan
 from vmbackupd.restore.planner import make_plan
 
 log = logging.getLogger("job.runner")
 
 
-class JobRunner:
+class JobRunner(Exchange):
     """What the manager's jobs do. One instance a daemon; between jobs it keeps nothing but the journals on disk."""
-
-    def __init__(self, config: Config, hypervisor: Hypervisor) -> None:
-        self.config = config
-        self.hypervisor = hypervisor
-
-    @property
-    def journals(self) -> Path:
-        """The directory of the undo journals."""
-        return self.config.state_directory / "journal"
 
     # Jobs
 
     async def backup(self, job: JobContext, vm: str, options: BackupOptions) -> Result:
         """Back ``vm`` up; see :class:`vmbackupd.job.job.Runner`."""
         began = time.monotonic()
-        with await asyncio.to_thread(self._open_repository) as repository:
+        async with self.repositories.using() as repository:
             domain = await self._claim(job, vm)
             async with self._context(job, domain, options) as ctx:
-                ctx.writer = await asyncio.to_thread(repository.writer)
+                beginning, cancelled = await to_the_end(
+                    asyncio.to_thread(repository.writer, backup_id(domain.name, time.time()))
+                )
+                ctx.writer = beginning.result()
+                if cancelled:
+                    raise asyncio.CancelledError
                 timeline = await pipeline.run(ctx)
                 assert ctx.manifest is not None
-                return listing.backup_result(ctx.manifest, timeline, time.monotonic() - began)
+                result = listing.backup_result(ctx.manifest, timeline, time.monotonic() - began)
+        if pruned := await self.prune_after_backup(domain.uuid, job.observer):
+            result["pruned"] = pruned
+        return result
 
     async def inspect(self, job: JobContext, vm: str) -> Result:
         """What a backup of ``vm`` would do with each of its devices."""
@@ -68,11 +64,9 @@ class JobRunner:
     async def restore(self, job: JobContext, backup: str, options: RestoreOptions) -> Result:
         """Restore ``backup``, or plan it."""
         job.observer.step("plan")
-        with await asyncio.to_thread(self._open_repository) as repository:
-            manifest = await asyncio.to_thread(repository.manifest, backup)
-            daemon = partial(StorageDaemon, self.config.runtime_directory)
+        async with self.repositories.reading(backup) as (repository, manifest):
             plan = await make_plan(
-                manifest, options, repository=repository, hypervisor=self.hypervisor, storage_daemon=daemon
+                manifest, options, repository=repository, hypervisor=self.hypervisor, storage_daemon=self.storage_daemon
             )
             if options.dry_run:
                 return plan.as_dict()
@@ -80,34 +74,19 @@ class JobRunner:
             for resource in plan.resources:
                 job.claim(resource)
             job.observer.expect(plan.size)
-            async with self._restore_journal(job, plan) as on_effect:
+            name, uuid = (plan.domain.name, plan.domain.uuid) if plan.domain is not None else ("", "")
+            if name:
+                job.claim(f"vm:{name}")
+            async with self.journal(job, "restore", name, uuid) as on_effect:
                 return await execute(
                     plan,
                     repository=repository,
                     manifest=manifest,
-                    storage_daemon=daemon,
+                    storage_daemon=self.storage_daemon,
                     hypervisor=self.hypervisor,
                     observer=job.observer,
                     on_effect=on_effect,
                 )
-
-    @asynccontextmanager
-    async def _restore_journal(self, job: JobContext, plan: RestorePlan) -> AsyncIterator[OnEffect]:
-        """The journal of a restore. ``execute`` undoes its own effects when it fails; what it could not is tried
-        once more here, and then left to a recovery."""
-        name, uuid = (plan.domain.name, plan.domain.uuid) if plan.domain is not None else ("", "")
-        if name:
-            job.claim(f"vm:{name}")
-        journal = Journal.create(self.journals, Header(job.id, "restore", name, uuid))
-        try:
-            yield partial(_record, journal)
-            for entry in journal.pending:
-                journal.done(entry)
-        except BaseException:
-            await to_the_end(unwind(UndoContext(self.hypervisor, job.id, name, uuid), journal))
-            raise
-        finally:
-            journal.close()
 
     async def recover(self, job: JobContext) -> Result:
         """Undo what dead jobs left behind.
@@ -140,54 +119,25 @@ class JobRunner:
     async def list_backups(self, vm: str | None) -> list[Result]:
         """Backups of ``vm`` or all, oldest first."""
 
-        def read() -> list[Result]:
-            with self._open_repository() as repository:
-                return [
-                    backup.to_json()
-                    for backup in repository.backups()
-                    if vm is None or backup.error is not None or vm in (backup.vm_name, backup.vm_uuid)
-                ]
+        def read(repository: Repository) -> list[Result]:
+            return [
+                backup.to_json()
+                for backup in repository.backups()
+                if vm is None or backup.error is not None or vm in (backup.vm_name, backup.vm_uuid)
+            ]
 
-        return await asyncio.to_thread(read)
+        return await self._read(read)
 
     async def show_backup(self, backup: str) -> Result:
         """The manifest of one backup, with its proof."""
-
-        def read() -> Result:
-            with self._open_repository() as repository:
-                return listing.shown(repository.manifest(backup))
-
-        return await asyncio.to_thread(read)
-
-    async def init_repository(self) -> Result:
-        """Make the configured repository."""
-
-        def create() -> Result:
-            storage = LocalStorage(self.config.repository.path)
-            storage.create()
-            with Repository.create(storage) as repository:
-                return repository.info()
-
-        return await asyncio.to_thread(create)
-
-    async def repository_info(self) -> Result:
-        """Facts about the configured repository."""
-
-        def read() -> Result:
-            with self._open_repository() as repository:
-                return repository.info()
-
-        return await asyncio.to_thread(read)
+        return await self._read(lambda repository: listing.shown(repository.manifest(backup)))
 
     # Shared by the jobs
-
-    def _open_repository(self) -> Repository:
-        return Repository.open(LocalStorage(self.config.repository.path))
 
     def _clean_repository(self) -> None:
         """Remove what dead writers left in the repository. That it is missing is told when somebody needs it."""
         try:
-            with self._open_repository() as repository:
+            with self.repositories.use() as repository:
                 repository.clean_up()
         except BackupError as error:
             log.info("the repository is not cleaned up: %s", error)
@@ -234,9 +184,3 @@ class JobRunner:
                 except (BackupError, OSError) as error:
                     log.error("VM %s: closing the %s: %s", domain.name, what, error)
             journal.close()
-
-
-def _record(journal: Journal, undo: str, argument: str) -> Callable[[], None]:
-    """Write an undo of a restore down; returns what takes it back when there is nothing to undo after all."""
-    entry = journal.record(undo, **{"uuid" if undo == "undefine" else "path": argument})
-    return partial(journal.done, entry)

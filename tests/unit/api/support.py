@@ -21,7 +21,17 @@ from vmbackupd.api.names import BUS_NAME, MANAGER, ROOT
 from vmbackupd.api.service import Service
 from vmbackupd.errors import FreezeBudgetExceeded, NotFound, RepositoryMissing, UncoveredVolume
 from vmbackupd.job.manager import JobContext, JobManager, Result
-from vmbackupd.job.options import BackupOptions, RestoreOptions
+from vmbackupd.job.options import (
+    BackupOptions,
+    ExportOptions,
+    GcOptions,
+    ImportOptions,
+    InitOptions,
+    KeyOptions,
+    PruneOptions,
+    RestoreOptions,
+    VerifyOptions,
+)
 
 ROOT_DIRECTORY = Path(__file__).parents[3]
 DEADLINE = 30.0
@@ -41,6 +51,9 @@ CONFIG = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configurat
   {extra}
 </busconfig>
 """
+
+
+RECOVERY_KEY = "ABCDE-FGHIJ"
 
 
 class BusDaemon:
@@ -151,6 +164,73 @@ class SmallRunner:
         self.calls.append(("recover", job.others()))
         return {"recovered": [{"job": "j00000000", "vm": "web", "undone": ["thaw"], "failed": []}]}
 
+    async def forget(self, job: JobContext, backups: tuple[str, ...], dry_run: bool) -> Result:
+        self.calls.append(("forget", backups, dry_run))
+        if "none" in backups:
+            raise NotFound("there is no backup none")
+        locked = [backup for backup in backups if backup.startswith("locked")]
+        return {"dry_run": dry_run, "forgotten": [item for item in backups if item not in locked], "locked": locked,
+                "decisions": [{"backup": item, "keep": item in locked, "reason": "named"} for item in backups]}
+
+    async def prune(self, job: JobContext, vm: str | None, options: PruneOptions) -> Result:
+        self.calls.append(("prune", vm, options))
+        return {"dry_run": options.dry_run, "forgotten": ["web-1"], "locked": [], "decisions": [
+            {"backup": "web-2", "keep": True, "reason": "keep-last 1"},
+            {"backup": "web-1", "keep": False, "reason": "no rule keeps it"}]}
+
+    async def gc(self, job: JobContext, options: GcOptions) -> Result:
+        self.calls.append(("gc", options))
+        job.observer.expect(1000)
+        job.observer.step("mark")
+        if options.threshold == 1.0:
+            await self._wait(job)
+        return {"dry_run": options.dry_run, "removed_packs": 3, "freed_bytes": 5 << 20, "repacked_bytes": 4096,
+                "waiting": ["restore of web-1 on host a"], "reasons": ["pack 00ff stays: a record cannot be read"]}
+
+    async def verify(self, job: JobContext, options: VerifyOptions) -> Result:
+        self.calls.append(("verify", options))
+        if "slow" in options.backups:
+            await self._wait(job)
+        damaged = "bad-1" in options.backups
+        return {"sound": not damaged, "backups": 2, "packs": 7, "bytes_read": 1 << 20, "damaged_packs": [], "damage": [
+            {"backup": "bad-1", "volume": "vda", "offset": 65536, "length": 65536, "reason": "pack 00ff is damaged"}
+        ] if damaged else []}
+
+    async def export(self, job: JobContext, backup: str, volume: str, file: str, options: ExportOptions) -> Result:
+        self.calls.append(("export", backup, volume, file, options))
+        if backup == "slow":
+            await self._wait(job)
+        return {"backup": backup, "volume": volume, "path": file, "format": options.format, "size": 1 << 30}
+
+    async def import_image(self, job: JobContext, file: str, name: str, options: ImportOptions) -> Result:
+        self.calls.append(("import", file, name, options))
+        return {"backup": f"{name}-1", "path": file, "size": 1 << 30, "bytes_stored": 4096}
+
+    async def serve(self, job: JobContext, backup: str, volume: str, socket: str | None) -> Result:
+        self.calls.append(("serve", backup, volume, socket))
+        if backup == "none":
+            raise NotFound("there is no backup none")
+        job.observer.step(f"serving {socket or '/run/own.sock'}")
+        await self._wait(job)
+        return {}
+
+    async def protect(self, backup: str, protected: bool) -> Result:
+        self.calls.append(("protect", backup, protected))
+        return {"backup": backup, "protected": protected}
+
+    async def list_keys(self) -> list[Result]:
+        return [{"id": "0011223344556677", "kind": "keyfile", "label": "the vault", "created": 1700000000.0}]
+
+    async def add_key(self, options: KeyOptions) -> Result:
+        self.calls.append(("add_key", options, options.secret, options.unlock))
+        if options.reveal is not None:
+            options.reveal(RECOVERY_KEY)
+        return {"id": "8899aabbccddeeff", "kind": options.kind, "label": options.label, "created": 1700000000.0}
+
+    async def revoke_key(self, slot: str) -> Result:
+        self.calls.append(("revoke_key", slot))
+        return {"revoked": slot}
+
     async def list_machines(self) -> list[Result]:
         return [{"name": "web", "uuid": "uuid-of-web", "running": True}, {"name": "db", "uuid": "u2", "running": False}]
 
@@ -165,8 +245,13 @@ class SmallRunner:
                     {"id": "vda", "kind": "virtual", "method": "guest-snapshot", "consistency": "application",
                      "size": 1 << 30, "bytes_read": 1 << 20, "bytes_stored": 4096, "reverted_chunks": 7}]}
 
-    async def init_repository(self) -> Result:
-        return {"id": "r1", "path": "/repository"}
+    async def init_repository(self, options: InitOptions) -> Result:
+        self.calls.append(("init", options.encrypt, options.reveal is not None))
+        if not options.encrypt:
+            return {"id": "r1", "path": "/repository"}
+        if options.reveal is not None:
+            options.reveal(RECOVERY_KEY)
+        return {"id": "r1", "encrypted": True, "keys": [{"id": "0011223344556677", "kind": "keyfile"}]}
 
     async def repository_info(self) -> Result:
         raise RepositoryMissing("there is no repository at /repository")
@@ -210,10 +295,10 @@ class Peer:
                         to="org.freedesktop.DBus")
 
     async def raw(self, path: str, interface: str, member: str, signature: str = "", *body: Any,
-                  to: str = BUS_NAME) -> Message:
+                  to: str = BUS_NAME, descriptors: list[int] | None = None) -> Message:
         reply = await asyncio.wait_for(self.bus.call(Message(
-            destination=to, path=path, interface=interface, member=member, signature=signature, body=list(body))),
-            DEADLINE)
+            destination=to, path=path, interface=interface, member=member, signature=signature, body=list(body),
+            unix_fds=descriptors or [])), DEADLINE)
         assert reply is not None
         return reply
 
@@ -249,7 +334,7 @@ class Peer:
 @asynccontextmanager
 async def peer(address: str) -> AsyncIterator[Peer]:
     """A client on the bus."""
-    bus = await MessageBus(bus_address=address).connect()
+    bus = await MessageBus(bus_address=address, negotiate_unix_fd=True).connect()
     try:
         yield Peer(bus)
     finally:

@@ -11,16 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dbus_fast import MessageType, Variant
+from dbus_fast import Message, MessageType, Variant
 
 from tests.unit.api.support import DEADLINE, ROOT_DIRECTORY, BusDaemon, Peer, peer, served
 from vmbackupd import __version__
+from vmbackupd.api import secret as secret_module
 from vmbackupd.api.bus import BusUnavailable, connect
 from vmbackupd.api.names import BUS_NAME, JOB, MANAGER, ROOT
 from vmbackupd.api.service import Service
 from vmbackupd.job import manager as manager_module
 from vmbackupd.job.manager import JobManager
-from vmbackupd.job.options import BackupOptions, RestoreOptions
+from vmbackupd.job.options import (
+    BackupOptions,
+    ExportOptions,
+    GcOptions,
+    ImportOptions,
+    PruneOptions,
+    RestoreOptions,
+    VerifyOptions,
+)
 from vmbackupd.model import RevertMode
 
 PROPERTIES = "org.freedesktop.DBus.Properties"
@@ -153,6 +162,12 @@ def test_a_failed_job_tells_its_error(address: str, vm: str, code: str, text: st
     ("Restore", ("web-1",), {"revert": Variant("s", "both")}, ["not both"]),
     ("ListBackups", ("",), {"after": Variant("s", "gone")}, ["'gone'"]),
     ("ListBackups", ("",), {"limit": Variant("s", "1")}, ["limit"]),
+    ("Prune", ("web",), {"keep_first": Variant("u", 1)}, ["'keep_first'", "keep_last"]),
+    ("Prune", ("web",), {"keep_last": Variant("i", -1)}, ["keep_last", "'i'"]),
+    ("AddKey", ("password",), {}, ["'password'", "keyfile, credential, passphrase, recovery"]),
+    ("AddKey", ("passphrase",), {"secret": Variant("s", "secret")}, ["secret", "'h'"]),
+    ("AddKey", ("keyfile",), {"path": Variant("s", "key")}, ["absolute", "'key'"]),
+    ("AddKey", ("keyfile",), {"name": Variant("s", "key")}, ["keyfile", "needs path"]),
 ])
 def test_wrong_arguments_are_refused_by_name(address: str, member: str, arguments: tuple[str, ...],
                                              options: dict[str, Variant], words: list[str]) -> None:
@@ -162,6 +177,114 @@ def test_wrong_arguments_are_refused_by_name(address: str, member: str, argument
             assert name == f"{ERROR}InvalidArgument"
             assert [word for word in words if word not in text] == []
             assert not manager.jobs
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("member", "signature", "arguments", "options", "words"), [
+    ("Forget", "as", ([],), {}, ["no name"]),
+    ("Forget", "as", (["web-1", ""],), {}, ["no name"]),
+    ("CollectGarbage", "", (), {"threshold": Variant("d", 30.0)}, ["0 to 1", "30.0"]),
+    ("Verify", "as", ([],), {"rate": Variant("u", 5)}, ["data as well"]),
+    ("Export", "sss", ("web-1", "vda", "out"), {}, ["absolute", "'out'"]),
+    ("Export", "sss", ("web-1", "vda", "/out"), {"format": Variant("s", "vmdk")}, ["'vmdk'", "raw, qcow2"]),
+    ("Export", "sss", ("web-1", " ", "/out"), {}, ["the volume has no name"]),
+    ("Import", "ss", ("/disk", ""), {}, ["no name"]),
+    ("Serve", "ss", ("web-1", "vda"), {"socket": Variant("s", "s.sock")}, ["absolute"]),
+])
+def test_wrong_arguments_of_repository_care_are_refused_by_name(
+        address: str, member: str, signature: str, arguments: tuple[Any, ...], options: dict[str, Variant],
+        words: list[str]) -> None:
+    async def main() -> None:
+        async with served(address) as (manager, _, _), peer(address) as client:
+            name, text = await client.manager_error(member, signature, *arguments, **options)
+            assert name == f"{ERROR}InvalidArgument"
+            assert [word for word in words if word not in text] == []
+            assert not manager.jobs
+
+    asyncio.run(main())
+
+
+def test_care_of_the_repository_over_the_bus(address: str) -> None:
+    async def main() -> None:
+        async with served(address) as (_, runner, _), peer(address) as client:
+            await client.listen()
+            for member, signature, arguments, options in (
+                ("Forget", "as", (["web-1"],), {"dry_run": Variant("b", True)}),
+                ("Prune", "s", ("web",), {"keep_last": Variant("u", 3)}),
+                ("CollectGarbage", "", (), {"threshold": Variant("d", 0.25)}),
+                ("Verify", "as", (["web-1"],), {"data": Variant("b", True), "rate": Variant("t", 1 << 40)}),
+                ("Export", "sss", ("web-1", "vda", "/out"), {"format": Variant("s", "qcow2")}),
+                ("Import", "ss", ("/disk", "old"), {}),
+            ):
+                path = await client.manager(member, signature, *arguments, **options)
+                assert await finished(client, path) == "succeeded"
+            assert runner.calls == [
+                ("forget", ("web-1",), True), ("prune", "web", PruneOptions({"keep_last": 3})),
+                ("gc", GcOptions(threshold=0.25)), ("verify", VerifyOptions(("web-1",), True, 1 << 40)),
+                ("export", "web-1", "vda", "/out", ExportOptions("qcow2")), ("import", "/disk", "old", ImportOptions())]
+            path = await client.manager("Serve", "ss", "web-1", "vda", socket=Variant("s", "/s.sock"))
+            assert (await properties(client, path))["Step"] == "serving /s.sock"
+            await client.call(path, JOB, "Cancel", "a{sv}", {})
+            assert await finished(client, path) == "cancelled"
+            assert json.loads(await client.manager("Protect", "sb", "web-1", True)) == {
+                "backup": "web-1", "protected": True}
+            assert json.loads(await client.manager("ListKeys"))[0]["kind"] == "keyfile"
+            assert json.loads(await client.manager("RevokeKey", "s", "00ff")) == {"revoked": "00ff"}
+
+    asyncio.run(main())
+
+
+def descriptors() -> set[str]:
+    return set(os.listdir("/proc/self/fd"))
+
+
+def test_secrets_travel_in_descriptors_which_are_closed_whatever_happens(address: str) -> None:
+    async def main() -> None:
+        async with served(address) as (_, runner, _), peer(address) as client:
+            before = descriptors()
+
+            async def add_key(kind: str, secret: bytes, **options: Variant) -> Message:
+                reading, writing = os.pipe()
+                os.write(writing, secret)
+                os.close(writing)
+                try:
+                    return await client.raw(ROOT, MANAGER, "AddKey", "sa{sv}", kind, {
+                        "secret": Variant("h", 0), **options}, descriptors=[reading])
+                finally:
+                    os.close(reading)
+
+            assert json.loads((await add_key("passphrase", b"horse")).body[0])["kind"] == "passphrase"
+            assert runner.calls[-1][2] == b"horse"
+            for reply, words in (
+                (await add_key("passphrase", b""), "is empty"),
+                (await add_key("keyfile", b"horse"), "keyfile needs path"),
+                (await add_key("passphrase", b"horse", explode=Variant("b", True)), "unknown option 'explode'"),
+                (await client.raw(ROOT, MANAGER, "ListMachines", "a{sv}", {"x": Variant("h", 0)}, descriptors=[0]),
+                 "no options"),
+                (await client.raw(ROOT, MANAGER, "Explode", "h", 0, descriptors=[0]), "Explode"),
+            ):
+                assert reply.message_type is MessageType.ERROR and words in reply.body[0]
+                assert "horse" not in reply.body[0]
+            assert descriptors() == before
+
+    asyncio.run(main())
+
+
+def test_a_secret_that_never_ends_is_given_up(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secret_module, "TIMEOUT", 0.2)
+
+    async def main() -> None:
+        async with served(address) as (_, runner, _), peer(address) as client:
+            reading, writing = os.pipe()
+            try:
+                reply = await client.raw(ROOT, MANAGER, "AddKey", "sa{sv}", "passphrase", {"secret": Variant("h", 0)},
+                                         descriptors=[reading])
+            finally:
+                os.close(reading)
+                os.close(writing)
+            assert (reply.error_name, "is not ready" in reply.body[0]) == (f"{ERROR}InvalidArgument", True)
+            assert runner.calls == []
 
     asyncio.run(main())
 

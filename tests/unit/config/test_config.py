@@ -65,6 +65,20 @@ def test_every_key_and_the_directories_that_follow_another() -> None:
     ("[hypervisor]\nuri = ''", ["hypervisor.uri", "not empty"]),
     ("[jobs]\nparallel = 0", ["jobs.parallel", "1 to 64"]),
     ("[guest\n", ["not valid TOML"]),
+    ("[repository]\nurl = 'http://x'", ["repository.url", "s3://bucket/prefix", "'http://x'"]),
+    ("[repository]\nurl = 's3://key:secret@bucket'", ["repository.url", "without credentials"]),
+    ("[repository]\nurl = 's3://b'\npath = '/p'", ["repository.path and repository.url", "one of them"]),
+    ("[repository]\ncompression_level = 99", ["repository.compression_level", "1 to 19", "99"]),
+    ("[repository]\npack_size = '1 KiB'", ["repository.pack_size", "1 MiB to 256 MiB"]),
+    ("[repository]\ns3 = 5", ["repository.s3", "section [repository.s3]"]),
+    ("[repository.s3]\nsecret_key = 'x'", ["unknown key repository.s3.secret_key", "credentials_file"]),
+    ("[repository.s3]\nendpoint = 'https://a:b@c'", ["repository.s3.endpoint", "without credentials"]),
+    ("[repository.s3]\ncredential = 'c'\ncredentials_file = '/f'", ["credentials_file and", "one of them"]),
+    ("[encryption]\ncredential = '../x'", ["encryption.credential", "no path"]),
+    ("[encryption]\npassphrase = 'x'", ["unknown key encryption.passphrase", "passphrase_file"]),
+    ("[retention]\nkeep_last = -1", ["retention.keep_last", "0 to 10000"]),
+    ("[retention]\nafter_backup = 1", ["retention.after_backup", "true or false"]),
+    ("[retention]\nafter_backup = true", ["retention.after_backup", "keep_last", "keep nothing"]),
 ])
 def test_errors_name_the_file_the_key_and_what_is_right(text: str, words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -72,6 +86,38 @@ def test_errors_name_the_file_the_key_and_what_is_right(text: str, words: list[s
     message = str(caught.value)
     assert message.startswith("/etc/file.toml: ")
     assert [word for word in words if word not in message] == []
+
+
+def test_where_the_repository_is_and_how_it_opens() -> None:
+    config = parse("""
+        cache_directory = "/cache"
+        [repository]
+        url = "s3://bucket/hosts/a"
+        compression_level = 3
+        pack_size = "64 MiB"
+        [repository.s3]
+        endpoint = "https://s3.example.com:7480"
+        timeout = "30s"
+        [encryption]
+        key_file = "/etc/key"
+        [retention]
+        keep_daily = 7
+        keep_yearly = 1
+        after_backup = true
+    """)
+    assert (config.repository.path, config.repository.place) == (None, "s3://bucket/hosts/a")
+    assert (config.repository.compression_level, config.repository.pack_size) == (3, 64 * MiB)
+    assert (config.repository.s3.timeout, config.repository.s3.endpoint) == (30.0, "https://s3.example.com:7480")
+    assert config.encryption.configured and not parse("").encryption.configured
+    assert config.retention.keeps == {"keep_daily": 7, "keep_yearly": 1}
+    assert config.cache_directory == Path("/cache")
+    assert parse(to_toml(config)) == config
+
+
+def test_the_command_line_puts_another_place_over_the_file() -> None:
+    file = '[repository]\nurl = "s3://bucket/a"'
+    assert parse(file, overrides={"repository.path": "/r"}).repository.place == "/r"
+    assert parse("[repository]\npath = '/r'", overrides={"repository.url": "file:///s"}).repository.place == "file:///s"
 
 
 def test_files(tmp_path: Path) -> None:
@@ -91,10 +137,15 @@ def test_the_example_is_the_defaults_and_its_comments_are_valid() -> None:
     assert parse(text) == parse("")
     switched_on = "\n".join(line[1:] if line.startswith("#") and not line.startswith("# ") else line
                             for line in text.splitlines())
-    given = parse(switched_on)
+    with pytest.raises(ConfigError, match=r"repository\.path and repository\.url: expected one of them"):
+        parse(switched_on)
+    either = [line for line in switched_on.splitlines() if not line.startswith(("path =", "credential = \"s3"))]
+    given = parse("\n".join(either))
     assert given.scratch.size == 100 * GiB
     assert given.bus.address == "unix:path=/run/test/bus"
     assert (given.guest, given.jobs, given.scratch.share) == (parse("").guest, parse("").jobs, parse("").scratch.share)
+    assert (given.repository.place, given.repository.s3.region) == ("s3://bucket/prefix", "eu-central-1")
+    assert (given.encryption.configured, given.retention) == (True, parse("").retention)
 
 
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1), st.floats(0.01, 1e6),

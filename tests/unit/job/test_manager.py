@@ -12,7 +12,14 @@ from vmbackupd.errors import Busy, InvalidArgument
 from vmbackupd.job import manager as manager_module
 from vmbackupd.job.job import Job, JobContext, current_job
 from vmbackupd.job.manager import JobManager, Result
-from vmbackupd.job.options import BackupOptions, RestoreOptions
+from vmbackupd.job.options import (
+    BackupOptions,
+    ExportOptions,
+    GcOptions,
+    PruneOptions,
+    RestoreOptions,
+    VerifyOptions,
+)
 
 OPTIONS = BackupOptions()
 
@@ -213,5 +220,64 @@ def test_the_work_knows_its_job_also_in_threads() -> None:
         job = await ended(JobManager(Curious()).start_inspect("web"))
         assert job.result == {"id": job.id}
         assert current_job.get() is None
+
+    asyncio.run(main())
+
+
+def test_care_of_the_repository_neither_waits_for_backups_nor_makes_them_wait() -> None:
+    async def main() -> None:
+        runner = SmallRunner()
+        manager = JobManager(runner, parallel=1)
+        first = manager.start_backup("slow1", OPTIONS)
+        beside = [manager.start_gc(GcOptions(threshold=1.0)), manager.start_verify(VerifyOptions(("slow",))),
+                  manager.start_serve("web-1", "vda", None)]
+        second = manager.start_backup("slow2", OPTIONS)
+        assert [job.state.value for job in (first, *beside, second)] == ["running"] * 4 + ["queued"]
+        await ended(manager.start_prune(None, PruneOptions()))
+        first.cancel()
+        await ended(first)
+        assert second.state == "running"
+        await manager.close()
+        assert {job.state.value for job in (*beside, second)} == {"cancelled"}
+
+    asyncio.run(main())
+
+
+def test_one_gc_and_one_verify_at_a_time_and_one_job_a_file() -> None:
+    async def main() -> None:
+        runner = SmallRunner()
+        manager = JobManager(runner)
+        gc = manager.start_gc(GcOptions(threshold=1.0))
+        verify = manager.start_verify(VerifyOptions(("slow",)))
+        manager.start_serve("web-1", "vda", "/run/s")
+        manager.start_export("slow", "vda", "/out", ExportOptions())
+        for start in (lambda: manager.start_gc(GcOptions()), lambda: manager.start_verify(VerifyOptions()),
+                      lambda: manager.start_serve("web-2", "vda", "/run/s"),
+                      lambda: manager.start_export("web-1", "vda", "/out", ExportOptions())):
+            with pytest.raises(Busy, match="works on it"):
+                start()
+        gc.cancel()
+        verify.cancel()
+        await ended(gc)
+        await ended(verify)
+        assert (await ended(manager.start_gc(GcOptions()))).state == "succeeded"
+        assert (await ended(manager.start_verify(VerifyOptions()))).state == "succeeded"
+        await manager.close()
+
+    asyncio.run(main())
+
+
+def test_no_more_volumes_are_served_than_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manager_module, "SERVED", 2)
+
+    async def main() -> None:
+        manager = JobManager(SmallRunner())
+        jobs = [manager.start_serve("web-1", "vda", None) for _ in range(2)]
+        with pytest.raises(Busy, match="2 volumes are served already"):
+            manager.start_serve("web-1", "vda", None)
+        jobs[0].cancel()
+        await ended(jobs[0])
+        manager.start_serve("web-1", "vda", None)
+        await manager.close()
 
     asyncio.run(main())
