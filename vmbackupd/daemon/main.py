@@ -8,6 +8,7 @@ import logging
 import signal
 import sys
 from collections.abc import Awaitable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from vmbackupd import __version__
 from vmbackupd.api.bus import Bus, BusUnavailable, connect
@@ -22,6 +23,7 @@ from vmbackupd.job.manager import JobManager
 
 log = logging.getLogger("daemon")
 
+THREADS = 256  # at most; made when they are needed
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -48,6 +50,9 @@ def main(argv: Sequence[str] | None = None, factory: RunnerFactory = libvirt_run
 async def serve(config: Config, factory: RunnerFactory) -> int:
     """Recover, serve on the bus until a signal or the loss of the bus, and wind up; returns the exit status."""
     loop = asyncio.get_running_loop()
+    # A thread each for what jobs wait for. The default is a few a processor: a verify of days and some volumes that are
+    # served would take them all, and the next step of a backup, with a guest frozen, would wait for one of them.
+    loop.set_default_executor(ThreadPoolExecutor(THREADS, "work"))
     stop = asyncio.Event()
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, stop.set)

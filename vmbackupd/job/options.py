@@ -156,5 +156,5 @@ class KeyOptions:
                 raise InvalidArgument(f"a key of kind {self.kind} {word} {needed}")
         if self.path and not self.path.startswith("/"):
             raise InvalidArgument(f"the path of a key file must be absolute, not {self.path!r}")
-        if len(self.label) > 200 or not self.label.isprintable():
-            raise InvalidArgument("the label of a key is one line of at most 200 characters")
+        if len(self.label) > 100 or not self.label.isprintable():
+            raise InvalidArgument("the label of a key is one line of at most 100 characters")
