@@ -53,7 +53,6 @@ class RepositoryCare:
 
         def work(repository: Repository) -> Result:
             wanted = list(dict.fromkeys(backups))
-            decisions = [Decision(backup, False, "named") for backup in wanted]
             result = repository.forget(wanted, dry_run=dry_run)
             return removal(decisions, dry_run, result.forgotten, result.locked)
 

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from vmbackupd.api.names import BUS_NAME
-from vmbackupd.config import DEFAULT_RUNTIME, DEFAULT_STATE
+from vmbackupd.config import DEFAULT_CACHE, DEFAULT_RUNTIME, DEFAULT_STATE
 
 ROOT = Path(__file__).parents[3]
 
@@ -28,7 +28,9 @@ def test_the_unit_fits_the_daemon() -> None:
     assert (service["Type"], service["BusName"]) == ("notify", BUS_NAME)
     assert Path("/var/lib", service["StateDirectory"]) == DEFAULT_STATE
     assert Path("/run", service["RuntimeDirectory"]) == DEFAULT_RUNTIME
-    assert (service["StateDirectoryMode"], service["RuntimeDirectoryMode"]) == ("0711", "0700")
+    assert Path("/var/cache", service["CacheDirectory"]) == DEFAULT_CACHE
+    assert (service["StateDirectoryMode"], service["RuntimeDirectoryMode"], service["CacheDirectoryMode"]) == (
+        "0711", "0700", "0700")
 
 
 def test_a_call_to_the_name_starts_the_unit() -> None:
