@@ -12,7 +12,7 @@ from vmbackupd.cli.follow import run_job
 from vmbackupd.cli.options import Subcommands, add_command, add_dry_run, add_wait, count, share, size
 from vmbackupd.cli.session import Session
 from vmbackupd.cli.table import fields, table
-from vmbackupd.cli.text import amount, word
+from vmbackupd.cli.text import amount, moment, word
 
 RULES = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
 
@@ -84,16 +84,7 @@ async def prune(session: Session) -> int:
 
 async def _removed(session: Session, member: str, signature: str, *arguments: object, options: dict[str, Any]) -> int:
     watch = await session.client.start(member, signature, *arguments, options=options)
-    return await run_job(session, watch, _describe_decisions, _status_of_removal)
-
-
-def _status_of_removal(session: Session, view: JobView) -> int:
-    """What the store holds on to is told: it was to be removed and is still there."""
-    if locked := view.result.get("locked"):
-        if not session.json:
-            print(f"vmbackupctl: locked by the store, not removed: {word(locked)}", file=sys.stderr)
-        return exits.INCOMPLETE
-    return exits.DONE
+    return await run_job(session, watch, _describe_decisions)
 
 
 async def protect(session: Session) -> int:
@@ -141,24 +132,35 @@ def _describe_decisions(result: dict[str, Any]) -> str:
     ]
     kept = sum(bool(row.get("keep")) for row in decisions)
     gone = len(decisions) - kept
-    last = f"{kept} kept, {gone} {removed}"
-    if gone and not dry:
-        last += "; `vmbackupctl gc` gives their room back"
-    return "\n".join(([table(["BACKUP", "WHAT", "WHY"], rows), ""] if rows else []) + [last])
+    room = "; `vmbackupctl gc` gives their room back" if gone and not dry else ""
+    lines = [f"{kept} kept, {gone} {removed}{room}"]
+    lines += [f"waiting for: {word(who)}" for who in result.get("waiting") or []]
+    if until := _until(result):
+        lines.append(f"locked by the store {until}")
+    return "\n".join(([table(["BACKUP", "WHAT", "WHY"], rows), ""] if rows else []) + lines)
 
 
 def _describe_gc(result: dict[str, Any]) -> str:
-    head = "dry run: nothing was removed\n" if result.get("dry_run") else ""
-    lines = head + fields(
-        [
-            ("packs removed", word(result.get("removed_packs"))),
-            ("room given back", amount(result.get("freed_bytes"))),
-            ("packed anew", amount(result.get("repacked_bytes"))),
-            ("packs that wait", word(result.get("waiting_packs"))),
-            ("wait for", word(result.get("waiting"))),
-        ]
-    )
-    return "\n".join([lines, *(f"note: {word(reason)}" for reason in result.get("reasons") or [])])
+    dry = bool(result.get("dry_run"))
+    head = "dry run: nothing was removed\n" if dry else ""
+    text = head + fields([
+        ("packs not needed", word(result.get("condemned_packs"))),
+        ("packs removed", word(result.get("removed_packs"))),
+        ("room to give back" if dry else "room given back", amount(result.get("freed_bytes"))),
+        ("packed anew", amount(result.get("repacked_bytes"))),
+        ("packs that wait", word(result.get("waiting_packs"))),
+        ("waiting for", word(result.get("waiting_for"))),
+        ("damaged packs", word(result.get("damaged_packs"))),
+        ("locked by the store", _until(result)),
+    ])  # fmt: skip
+    return text + "".join(f"\nwhy: {word(reason)}: {count} packs" for reason, count in
+                          (result.get("reasons") or {}).items())  # fmt: skip
+
+
+def _until(result: dict[str, Any]) -> str:
+    """Until when an object store with object lock keeps what was removed."""
+    until = result.get("locked_until")
+    return f"until {moment(until)}; a gc after that gives its room back" if until else ""
 
 
 def _describe_verify(result: dict[str, Any]) -> str:

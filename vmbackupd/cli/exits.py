@@ -3,5 +3,5 @@
 DONE = 0
 FAILED = 1  # also: verify found damage
 USAGE = 2
-INCOMPLETE = 3  # done, but volumes are missing or degraded, which was allowed; or the store held on to a backup
+INCOMPLETE = 3  # done, but volumes are missing or degraded, which was allowed
 DETACHED = 130  # interrupted while waiting; the job goes on

@@ -19,8 +19,7 @@ from vmbackupd.cli.text import printable
 from vmbackupd.errors import BackupError
 
 EPILOG = """exit status: 0 done; 1 failed, or verify found damage; 2 wrong usage; 3 done, but volumes are missing or
-degraded, which was allowed, or backups are still there because the store has locked them; 130 interrupted, the job
-goes on"""
+degraded, which was allowed; 130 interrupted, the job goes on"""
 
 
 def parser() -> argparse.ArgumentParser:

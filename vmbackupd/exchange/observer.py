@@ -6,8 +6,6 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from vmbackupd.engine.progress import Progress
-
 INTERVAL = 0.2  # seconds between looks at the engine's counters
 
 T = TypeVar("T")
@@ -21,7 +19,13 @@ class Observer(Protocol):
     def warning(self, text: str) -> None: ...
 
 
-async def in_thread(work: Callable[[], T], progress: Progress, report: Callable[[], None]) -> T:
+class Stoppable(Protocol):
+    """What ends work in a thread, soon: a ``Progress`` of the engine, for example."""
+
+    def cancel(self) -> None: ...
+
+
+async def in_thread(work: Callable[[], T], progress: Stoppable, report: Callable[[], None]) -> T:
     """Run ``work`` in a thread, and ``report`` every :data:`INTERVAL` meanwhile.
 
     A cancellation cancels ``progress``, and is passed on when the thread has ended: it works on buffers and files of

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
 from vmbackupd.config import Config
 from vmbackupd.engine.progress import Progress
-from vmbackupd.errors import BackupError, InvalidArgument
-from vmbackupd.exchange.observer import in_thread
+from vmbackupd.errors import BackupError, Cancelled, InvalidArgument, NotFound, Protected
+from vmbackupd.exchange.observer import Stoppable, in_thread
 from vmbackupd.job.context import to_the_end
 from vmbackupd.job.job import JobContext, Result
 from vmbackupd.job.observer import JobObserver
@@ -38,6 +38,33 @@ log = logging.getLogger("job.care")
 T = TypeVar("T")
 
 
+class Stage:
+    """How far work in a thread says it is, for the event loop to show, and the wish that it ends."""
+
+    def __init__(self) -> None:
+        self._now = ("", 0, 0)
+        self._shown = ""
+        self._cancelled = False
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        """What the work calls. Raises ``Cancelled`` when it is to end."""
+        self._now = (step, done, total)
+        if self._cancelled:
+            raise Cancelled(f"{step} was stopped")
+
+    def cancel(self) -> None:
+        """The next call ends the work."""
+        self._cancelled = True
+
+    def show(self, observer: JobObserver) -> None:
+        """Pass on what is new. To be called in the event loop."""
+        step, done, total = self._now
+        if step != self._shown:
+            self._shown = step
+            observer.step(step)
+        observer.progress(done, total)
+
+
 class RepositoryCare:
     """The part of the runner that works on the repository alone."""
 
@@ -52,9 +79,19 @@ class RepositoryCare:
         job.observer.step("forget")
 
         def work(repository: Repository) -> Result:
-            wanted = list(dict.fromkeys(backups))
-            result = repository.forget(wanted, dry_run=dry_run)
-            return removal(decisions, dry_run, result.forgotten, result.locked)
+            wanted = tuple(dict.fromkeys(backups))
+            known = {summary.id: summary for summary in repository.backups()}
+            protected = repository.protected()
+            missing = [backup for backup in wanted if backup not in known]
+            if missing:
+                raise NotFound(f"nothing was forgotten: there is no backup {', '.join(missing)} in the repository")
+            if kept := [backup for backup in wanted if backup in protected]:
+                raise Protected(
+                    f"nothing was forgotten: protected is {', '.join(kept)}; `vmbackupctl unprotect` takes that away"
+                )
+            waiting = [] if dry_run else repository.forget(wanted).waiting
+            decisions = [Decision(known[backup], False, "named") for backup in wanted]
+            return removal(decisions, dry_run, waiting)
 
         return await self._to_the_end(work)
 
@@ -86,17 +123,14 @@ class RepositoryCare:
 
     async def gc(self, job: JobContext, options: GcOptions) -> Result:
         """Collect garbage. A cancellation ends it where nothing is half done."""
-        job.observer.step("gc")
-        progress = Progress()
+        job.observer.step("open")
+        stage = Stage()
 
         def work(repository: Repository) -> Result:
             given = {} if options.threshold is None else {"threshold": options.threshold}
-            return {
-                "dry_run": options.dry_run,
-                **asdict(repository.gc(dry_run=options.dry_run, progress=progress, **given)),
-            }
+            return asdict(repository.gc(dry_run=options.dry_run, progress=stage, **given))
 
-        return await self._in_thread(job, progress, work)
+        return await self._in_thread(work, stage, lambda: stage.show(job.observer))
 
     async def verify(self, job: JobContext, options: VerifyOptions) -> Result:
         """Check the repository. How far it came is kept, so that the next one goes on there if this is interrupted."""
@@ -117,7 +151,9 @@ class RepositoryCare:
             )
             return report.to_json()
 
-        return await self._in_thread(job, progress, work)
+        return await self._in_thread(
+            work, progress, lambda: job.observer.progress(progress.bytes_done, progress.bytes_total)
+        )
 
     # ---- at once
 
@@ -198,14 +234,10 @@ class RepositoryCare:
         task, _ = await to_the_end(asyncio.to_thread(change))
         return task.result()
 
-    async def _in_thread(self, job: JobContext, progress: Progress, work: Callable[[Repository], T]) -> T:
-        """Long ``work`` in a thread, which a cancellation ends through ``progress``."""
+    async def _in_thread(self, work: Callable[[Repository], T], stop: Stoppable, report: Callable[[], None]) -> T:
+        """Long ``work`` in a thread, which a cancellation ends through ``stop``."""
         async with self.repositories.using() as repository:
-            return await in_thread(
-                lambda: work(repository),
-                progress,
-                lambda: job.observer.progress(progress.bytes_done, progress.bytes_total),
-            )
+            return await in_thread(lambda: work(repository), stop, report)
 
     def _verify_state(self, repository: Repository, options: VerifyOptions) -> Path | None:
         """Where a verify of the whole repository notes how far it is; one of some backups is short enough to repeat."""
@@ -221,15 +253,27 @@ class RepositoryCare:
         return {**repository.info(), "encrypted": encrypted, **({"keys": keys} if encrypted else {})}
 
 
-def removal(decisions: list[Decision], dry_run: bool, forgotten: list[str], locked: list[str]) -> Result:
-    """What ``forget`` and ``prune`` answer."""
-    rows = [{"backup": item.backup, "keep": item.keep, "reason": item.reason} for item in decisions]
-    return {"dry_run": dry_run, "decisions": rows, "forgotten": forgotten, "locked": locked}
+def removal(decisions: Sequence[Decision], dry_run: bool, waiting: Sequence[str] = ()) -> Result:
+    """What ``forget`` and ``prune`` answer. ``waiting``: who may still use what was forgotten."""
+    rows = [
+        {
+            "backup": item.backup.id,
+            "vm": item.backup.vm_name,
+            "t1": item.backup.t1,
+            "keep": item.keep,
+            "reason": item.reason,
+        }
+        for item in decisions
+    ]
+    forgotten = [] if dry_run else [item.backup.id for item in decisions if not item.keep]
+    return {"dry_run": dry_run, "decisions": rows, "forgotten": forgotten, "waiting": list(waiting)}
 
 
 def _prune(repository: Repository, vm: str | None, policy: KeepPolicy, dry_run: bool) -> Result:
     decisions = repository.prune(policy, vm=vm, dry_run=dry_run)
-    return removal(decisions, dry_run, [] if dry_run else [item.backup for item in decisions if not item.keep], [])
+    if vm is not None and not decisions:
+        raise NotFound(f"there is no backup of a VM {vm} in the repository")
+    return removal(decisions, dry_run)
 
 
 def _source(options: KeyOptions) -> KeySource:

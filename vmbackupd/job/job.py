@@ -75,8 +75,8 @@ class Runner(Protocol):
         """The manifest with its proof: ``t1``, ``t2``, ``freeze_ms``, ``volumes``, ``coverage``, ..."""
 
     async def forget(self, job: JobContext, backups: tuple[str, ...], dry_run: bool) -> Result:
-        """Forget these: ``{"dry_run", "decisions": [{"backup", "keep", "reason"}], "forgotten": [id], "locked":
-        [id]}``."""
+        """Forget these: ``{"dry_run", "decisions": [{"backup", "keep", "reason"}], "forgotten": [id], "waiting":
+        [who]}``."""
 
     async def prune(self, job: JobContext, vm: str | None, options: PruneOptions) -> Result:
         """Forget what the rules do not keep, of one VM or each; answers like ``forget``."""

@@ -168,13 +168,13 @@ class SmallRunner:
         self.calls.append(("forget", backups, dry_run))
         if "none" in backups:
             raise NotFound("there is no backup none")
-        locked = [backup for backup in backups if backup.startswith("locked")]
-        return {"dry_run": dry_run, "forgotten": [item for item in backups if item not in locked], "locked": locked,
-                "decisions": [{"backup": item, "keep": item in locked, "reason": "named"} for item in backups]}
+        until = {"locked_until": 1700000000.0} if "locked-1" in backups else {}
+        return {"dry_run": dry_run, "forgotten": list(backups), "waiting": ["reader session 00ff of host-b"], **until,
+                "decisions": [{"backup": item, "keep": False, "reason": "named"} for item in backups]}
 
     async def prune(self, job: JobContext, vm: str | None, options: PruneOptions) -> Result:
         self.calls.append(("prune", vm, options))
-        return {"dry_run": options.dry_run, "forgotten": ["web-1"], "locked": [], "decisions": [
+        return {"dry_run": options.dry_run, "forgotten": ["web-1"], "waiting": [], "decisions": [
             {"backup": "web-2", "keep": True, "reason": "keep-last 1"},
             {"backup": "web-1", "keep": False, "reason": "no rule keeps it"}]}
 
@@ -184,8 +184,9 @@ class SmallRunner:
         job.observer.step("mark")
         if options.threshold == 1.0:
             await self._wait(job)
-        return {"dry_run": options.dry_run, "removed_packs": 3, "freed_bytes": 5 << 20, "repacked_bytes": 4096,
-                "waiting": ["restore of web-1 on host a"], "reasons": ["pack 00ff stays: a record cannot be read"]}
+        return {"dry_run": options.dry_run, "condemned_packs": 5, "removed_packs": 3, "freed_bytes": 5 << 20,
+                "repacked_bytes": 4096, "waiting_packs": 2, "waiting_for": ["reader session 00ff of host-b"],
+                "damaged_packs": [], "reasons": {"nothing is needed": 4, "mostly waste": 1}}
 
     async def verify(self, job: JobContext, options: VerifyOptions) -> Result:
         self.calls.append(("verify", options))
