@@ -164,28 +164,21 @@ def _until(result: dict[str, Any]) -> str:
 
 
 def _describe_verify(result: dict[str, Any]) -> str:
-    head = fields(
-        [
-            ("backups", word(result.get("backups"))),
-            ("packs", word(result.get("packs"))),
-            ("read", amount(result.get("bytes_read"))),
-            ("damaged packs", word(result.get("damaged_packs"))),
-            ("result", "sound" if result.get("sound") else "damaged"),
-        ]
-    )
-    rows = [
-        [
-            word(row.get("backup")),
-            word(row.get("volume")),
-            word(row.get("offset")),
-            amount(row.get("length")),
-            word(row.get("reason")),
-        ]
-        for row in result.get("damage") or []
-    ]
-    notes = [f"note: {word(note)}" for note in result.get("notes") or []]
+    backups = result.get("backups") or []
+    head = fields([
+        ("backups", str(len(backups))),
+        ("packs read" if result.get("data") else "packs", word(result.get("packs"))),
+        ("bytes read", amount(result.get("bytes_read"))),
+        ("went on", "where an earlier one was interrupted" if result.get("resumed") else ""),
+        ("result", "sound" if result.get("sound") else "damaged"),
+    ])  # fmt: skip
     parts = [head]
+    rows = [[word(row.get("backup")), word(row.get("volume")), word(row.get("offset")), amount(row.get("length")),
+             word(row.get("reason"))] for row in result.get("damage") or []]  # fmt: skip
     if rows:
         titles = ["BACKUP", "VOLUME", "OFFSET", "LENGTH", "WHY"]
         parts.append(table(titles, rows, right=frozenset({"OFFSET", "LENGTH"})))
-    return "\n\n".join(parts + (["\n".join(notes)] if notes else []))
+    found = [f"backup {word(name)} cannot be read: {word(why)}" for name, why in (result.get("unreadable") or {}).items()]
+    found += [f"pack {word(pack)}: {word(why)}" for pack, why in (result.get("damaged_packs") or {}).items()]
+    found += [f"index {word(index)} is damaged" for index in result.get("damaged_indexes") or []]
+    return "\n\n".join([*parts, *(["\n".join(found)] if found else [])])

@@ -138,8 +138,8 @@ class RepositoryCare:
         progress = Progress()
 
         def work(repository: Repository) -> Result:
-            state = self._verify_state(repository, options)
-            if options.restart and state is not None:
+            state = self._verify_state(repository)
+            if options.restart:
                 state.unlink(missing_ok=True)
             report = verify(
                 repository,
@@ -149,7 +149,7 @@ class RepositoryCare:
                 state=state,
                 progress=progress,
             )
-            return report.to_json()
+            return report.as_dict()
 
         return await self._in_thread(
             work, progress, lambda: job.observer.progress(progress.bytes_done, progress.bytes_total)
@@ -239,13 +239,11 @@ class RepositoryCare:
         async with self.repositories.using() as repository:
             return await in_thread(lambda: work(repository), stop, report)
 
-    def _verify_state(self, repository: Repository, options: VerifyOptions) -> Path | None:
-        """Where a verify of the whole repository notes how far it is; one of some backups is short enough to repeat."""
-        if options.backups:
-            return None
+    def _verify_state(self, repository: Repository) -> Path:
+        """Where a verify of the data notes how far it is."""
         directory = self.config.state_directory / "verify"
         directory.mkdir(mode=0o700, exist_ok=True)
-        return directory / f"{repository.id}-{'data' if options.data else 'structure'}"
+        return directory / repository.id
 
     def _info(self, repository: Repository) -> Result:
         encrypted = repository.header.encrypted

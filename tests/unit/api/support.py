@@ -193,9 +193,10 @@ class SmallRunner:
         if "slow" in options.backups:
             await self._wait(job)
         damaged = "bad-1" in options.backups
-        return {"sound": not damaged, "backups": 2, "packs": 7, "bytes_read": 1 << 20, "damaged_packs": [], "damage": [
-            {"backup": "bad-1", "volume": "vda", "offset": 65536, "length": 65536, "reason": "pack 00ff is damaged"}
-        ] if damaged else []}
+        damage = {"backup": "bad-1", "volume": "vda", "offset": 65536, "length": 65536, "reason": "pack 00ff is damaged"}
+        return {"sound": not damaged, "data": options.data, "backups": ["bad-1", "web-1"], "packs": 7,
+                "bytes_read": 1 << 20, "damaged_packs": {"00ff": "a record is damaged"} if damaged else {},
+                "damage": [damage] if damaged else [], "damaged_indexes": [], "unreadable": {}, "resumed": False}
 
     async def export(self, job: JobContext, backup: str, volume: str, file: str, options: ExportOptions) -> Result:
         self.calls.append(("export", backup, volume, file, options))

@@ -47,7 +47,8 @@ class Host:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.unit.daemon.repository_daemon", "--config", str(file),
-                 "--log-level=debug"], cwd=ROOT_DIRECTORY, env={**os.environ, "VMBACKUPD_BUS_ADDRESS": self.address, **environment},
+                 "--log-level=debug"], cwd=ROOT_DIRECTORY,
+                env={**os.environ, "VMBACKUPD_BUS_ADDRESS": self.address, **environment},
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         deadline = time.monotonic() + DEADLINE
         while self.ctl("jobs", check=False).returncode:
