@@ -60,9 +60,9 @@ async def list_backups(session: Session) -> int:
         found += part
         if len(part) < PAGE:
             break
-    rows = [[word(item.get("id")), _vm(item), moment(item.get("t1") or item.get("created")), amount(item.get("size"))]
-            for item in found]
-    session.output(found, table(["BACKUP", "VM", "T1", "SIZE"], rows, right=frozenset({"SIZE"})))
+    rows = [[word(item.get("id")), _vm(item), moment(item.get("t1") or item.get("created")), amount(item.get("size")),
+             word(item.get("error")) or ("protected" if item.get("protected") else "")] for item in found]
+    session.output(found, table(["BACKUP", "VM", "T1", "SIZE", "NOTE"], rows, right=frozenset({"SIZE"})))
     return exits.DONE
 
 
@@ -85,7 +85,8 @@ def _describe_manifest(manifest: dict[str, Any]) -> str:
     head = fields([("backup", word(manifest.get("id"))), ("VM", _vm(manifest)),
                    ("created", moment(manifest.get("created"))), ("T1", precise_moment(manifest.get("t1"))),
                    ("T2", precise_moment(manifest.get("t2"))), ("frozen", "" if freeze is None else f"{freeze:.0f} ms"),
-                   ("revert", word(manifest.get("revert"))), ("uncovered", word(manifest.get("uncovered")))])
+                   ("revert", word(manifest.get("revert"))), ("uncovered", word(manifest.get("uncovered"))),
+                   ("protected", "yes" if manifest.get("protected") else "")])
     names = ("id", "kind", "method", "consistency", *SIZES, "reverted_chunks")
     rows = [[amount(row.get(name)) if name in SIZES else word(row.get(name)) for name in names]
             for row in manifest.get("volumes", [])]

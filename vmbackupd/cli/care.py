@@ -178,7 +178,8 @@ def _describe_verify(result: dict[str, Any]) -> str:
     if rows:
         titles = ["BACKUP", "VOLUME", "OFFSET", "LENGTH", "WHY"]
         parts.append(table(titles, rows, right=frozenset({"OFFSET", "LENGTH"})))
-    found = [f"backup {word(name)} cannot be read: {word(why)}" for name, why in (result.get("unreadable") or {}).items()]
+    unreadable = result.get("unreadable") or {}
+    found = [f"backup {word(backup)} cannot be read: {word(why)}" for backup, why in unreadable.items()]
     found += [f"pack {word(pack)}: {word(why)}" for pack, why in (result.get("damaged_packs") or {}).items()]
     found += [f"index {word(index)} is damaged" for index in result.get("damaged_indexes") or []]
     return "\n\n".join([*parts, *(["\n".join(found)] if found else [])])

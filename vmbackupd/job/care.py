@@ -12,14 +12,15 @@ from typing import TypeVar
 
 from vmbackupd.config import Config
 from vmbackupd.engine.progress import Progress
-from vmbackupd.errors import BackupError, Cancelled, InvalidArgument, NotFound, Protected
+from vmbackupd.errors import BackupError, Cancelled, InvalidArgument, NotFound, Protected, RepositoryCorrupt
 from vmbackupd.exchange.observer import Stoppable, in_thread
 from vmbackupd.job.context import to_the_end
 from vmbackupd.job.job import JobContext, Result
 from vmbackupd.job.observer import JobObserver
 from vmbackupd.job.options import GcOptions, InitOptions, KeyOptions, PruneOptions, VerifyOptions
 from vmbackupd.job.repositories import Repositories, recovery_key
-from vmbackupd.repository import Repository
+from vmbackupd.repository import BackupSummary, Repository
+from vmbackupd.repository.forget import protected_names
 from vmbackupd.repository.keys import (
     Credential,
     KeyFile,
@@ -34,6 +35,8 @@ from vmbackupd.repository.retention import Decision, KeepPolicy
 from vmbackupd.repository.verify import verify
 
 log = logging.getLogger("job.care")
+
+MISSING = "there is none"
 
 T = TypeVar("T")
 
@@ -80,17 +83,15 @@ class RepositoryCare:
 
         def work(repository: Repository) -> Result:
             wanted = tuple(dict.fromkeys(backups))
-            known = {summary.id: summary for summary in repository.backups()}
-            protected = repository.protected()
-            missing = [backup for backup in wanted if backup not in known]
-            if missing:
+            decisions = [Decision(_summary(repository, backup), False, "named") for backup in wanted]
+            if missing := [item.backup.id for item in decisions if item.backup.error == MISSING]:
                 raise NotFound(f"nothing was forgotten: there is no backup {', '.join(missing)} in the repository")
-            if kept := [backup for backup in wanted if backup in protected]:
+            names = protected_names(repository)
+            if kept := [backup for backup in wanted if repository.header.manifest_name(backup) in names]:
                 raise Protected(
                     f"nothing was forgotten: protected is {', '.join(kept)}; `vmbackupctl unprotect` takes that away"
                 )
             waiting = [] if dry_run else repository.forget(wanted).waiting
-            decisions = [Decision(known[backup], False, "named") for backup in wanted]
             return removal(decisions, dry_run, waiting)
 
         return await self._to_the_end(work)
@@ -249,6 +250,16 @@ class RepositoryCare:
         encrypted = repository.header.encrypted
         keys = [_slot(slot) for slot in repository.key_slots()] if encrypted else []
         return {**repository.info(), "encrypted": encrypted, **({"keys": keys} if encrypted else {})}
+
+
+def _summary(repository: Repository, backup: str) -> BackupSummary:
+    """A backup that is to be forgotten, also one that cannot be read: that is listed under its object's name."""
+    try:
+        return BackupSummary.of(repository.manifest(backup))
+    except NotFound:
+        return BackupSummary(backup, error="damaged" if backup in repository.manifest_names() else MISSING)
+    except RepositoryCorrupt as error:
+        return BackupSummary(backup, error=str(error))
 
 
 def removal(decisions: Sequence[Decision], dry_run: bool, waiting: Sequence[str] = ()) -> Result:

@@ -23,6 +23,7 @@ from vmbackupd.job.options import BackupOptions, RestoreOptions
 from vmbackupd.job.steps import inspect, release
 from vmbackupd.job.undo import UndoContext
 from vmbackupd.repository import Repository
+from vmbackupd.repository.forget import protected_names
 from vmbackupd.restore.execute import execute
 from vmbackupd.restore.planner import make_plan
 
@@ -120,8 +121,9 @@ class JobRunner(Exchange):
         """Backups of ``vm`` or all, oldest first."""
 
         def read(repository: Repository) -> list[Result]:
+            protected = protected_names(repository)
             return [
-                backup.to_json()
+                {**backup.to_json(), "protected": repository.header.manifest_name(backup.id) in protected}
                 for backup in repository.backups()
                 if vm is None or backup.error is not None or vm in (backup.vm_name, backup.vm_uuid)
             ]
@@ -130,7 +132,12 @@ class JobRunner(Exchange):
 
     async def show_backup(self, backup: str) -> Result:
         """The manifest of one backup, with its proof."""
-        return await self._read(lambda repository: listing.shown(repository.manifest(backup)))
+
+        def read(repository: Repository) -> Result:
+            protected = repository.header.manifest_name(backup) in protected_names(repository)
+            return {**listing.shown(repository.manifest(backup)), "protected": protected}
+
+        return await self._read(read)
 
     # Shared by the jobs
 

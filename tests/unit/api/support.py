@@ -193,7 +193,8 @@ class SmallRunner:
         if "slow" in options.backups:
             await self._wait(job)
         damaged = "bad-1" in options.backups
-        damage = {"backup": "bad-1", "volume": "vda", "offset": 65536, "length": 65536, "reason": "pack 00ff is damaged"}
+        damage = {"backup": "bad-1", "volume": "vda", "offset": 65536, "length": 65536,
+                  "reason": "pack 00ff is damaged"}
         return {"sound": not damaged, "data": options.data, "backups": ["bad-1", "web-1"], "packs": 7,
                 "bytes_read": 1 << 20, "damaged_packs": {"00ff": "a record is damaged"} if damaged else {},
                 "damage": [damage] if damaged else [], "damaged_indexes": [], "unreadable": {}, "resumed": False}

@@ -140,13 +140,16 @@ def test_listings(address: str) -> None:
             done = await ctl(address, "machines", "--json")
             assert done.document[1] == {"name": "db", "uuid": "u2", "running": False}
             done = await ctl(address, "list")
-            assert (done.status, done.out) == (0, "BACKUP  VM  T1  SIZE\n")
+            assert (done.status, done.out) == (0, "BACKUP  VM  T1  SIZE  NOTE\n")
             runner.backups = [{"id": f"web-{n}", "vm": "web", "t1": 1700000000, "size": 5 << 30} for n in range(2500)]
             done = await ctl(address, "list", "web", "--json")
             assert [item["id"] for item in done.document] == [f"web-{n}" for n in range(2500)]
             done = await ctl(address, "list")
             assert done.out.splitlines()[1].split() == ["web-0", "web", "2023-11-14", "22:13:20Z", "5.0", "GiB"]
             assert (await ctl(address, "list", "db", "--json")).document == []
+            runner.backups = [{"id": "web-1", "vm": "web", "protected": True}, {"id": "00ff", "vm": "", "error": "is damaged"}]
+            notes = [row.split()[-1] for row in (await ctl(address, "list")).out.splitlines()]
+            assert notes == ["NOTE", "protected", "damaged"]
             done = await ctl(address, "repository", "init")
             assert done.out.split() == ["id:", "r1", "path:", "/repository"]
 
