@@ -66,8 +66,7 @@ class ManagerObject(Exposed):
 
     @exposed_method("Serve", "o", backup="s", volume="s", options="a{sv}")
     async def serve(self, backup: str, volume: str, options: Options) -> str:
-        values = marshal.read_options(options, marshal.SERVE_OPTIONS)
-        return job_path(self._manager.start_serve(backup, volume, values.get("socket")).id)
+        return job_path(self._manager.start_serve(backup, volume, marshal.serve_options(options)).id)
 
     @exposed_method("Recover", "o", options="a{sv}")
     async def recover(self, options: Options) -> str:

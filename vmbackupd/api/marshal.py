@@ -20,6 +20,7 @@ from vmbackupd.job.options import (
     ImportOptions,
     PruneOptions,
     RestoreOptions,
+    ServeOptions,
     VerifyOptions,
 )
 from vmbackupd.model import RevertMode
@@ -58,7 +59,7 @@ GC_OPTIONS = {"dry_run": _FLAG, "threshold": _NUMBER}
 VERIFY_OPTIONS = {"data": _FLAG, "rate": _COUNT, "restart": _FLAG}
 EXPORT_OPTIONS = {"format": _TEXT, "compress": _FLAG, "force": _FLAG}
 IMPORT_OPTIONS = {"format": _TEXT, "volume": _TEXT, "allow_backing": _FLAG}
-SERVE_OPTIONS = {"socket": _TEXT}
+SERVE_OPTIONS = {"socket": _TEXT, "group": _TEXT}
 INIT_OPTIONS = {"encrypt": _FLAG, "recovery_key": _DESCRIPTOR}
 KEY_OPTIONS = {"label": _TEXT, "path": _TEXT, "name": _TEXT, "secret": _DESCRIPTOR, "unlock": _DESCRIPTOR,
                "recovery_key": _DESCRIPTOR}
@@ -118,6 +119,11 @@ def export_options(given: Mapping[str, Variant]) -> ExportOptions:
 def import_options(given: Mapping[str, Variant]) -> ImportOptions:
     """The options of ``Import``."""
     return ImportOptions(**read_options(given, IMPORT_OPTIONS))
+
+
+def serve_options(given: Mapping[str, Variant]) -> ServeOptions:
+    """The options of ``Serve``."""
+    return ServeOptions(**read_options(given, SERVE_OPTIONS))
 
 
 def page(items: list[dict[str, object]], options: Mapping[str, Variant]) -> list[dict[str, object]]:

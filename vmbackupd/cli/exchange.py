@@ -52,6 +52,7 @@ def register(subcommands: Subcommands) -> None:
         nargs="?",
         help="the unix socket to make (default: one of its own below the daemon's runtime directory)",
     )
+    parser.add_argument("--group", metavar="GROUP", help="let the members of this group connect, not only root")
     add_wait(parser)
 
 
@@ -80,6 +81,8 @@ async def serve(session: Session) -> int:
     """``serve BACKUP VOLUME [SOCKET]``: ends when it is told to, or with ``--no-wait`` when it serves."""
     args = session.args
     options = {"socket": text_option(os.path.abspath(args.socket))} if args.socket else {}
+    if args.group:
+        options["group"] = text_option(args.group)
     watch = await session.client.start("Serve", "ss", args.backup, args.volume, options=options)
     if args.no_wait:
         while not (watch.view.final or _serves(watch.view)):

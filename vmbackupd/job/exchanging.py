@@ -12,7 +12,7 @@ from pathlib import Path
 from vmbackupd.config import Config
 from vmbackupd.exchange.export import ExportTarget, export_volume
 from vmbackupd.exchange.import_image import ImageFile, import_images
-from vmbackupd.exchange.serve import serve_volume
+from vmbackupd.exchange.serve import VolumeServer
 from vmbackupd.host.newfile import OnEffect
 from vmbackupd.hypervisor.base import Hypervisor
 from vmbackupd.hypervisor.storage_daemon import StorageDaemon
@@ -21,7 +21,7 @@ from vmbackupd.job.care import RepositoryCare
 from vmbackupd.job.context import to_the_end
 from vmbackupd.job.job import JobContext, Result
 from vmbackupd.job.journal import Header, Journal
-from vmbackupd.job.options import ExportOptions, ImportOptions
+from vmbackupd.job.options import ExportOptions, ImportOptions, ServeOptions
 from vmbackupd.job.undo import UndoContext, unwind
 
 COMPRESSION = "zstd"  # of exported qcow2 images; QEMU reads it since 5.1
@@ -80,12 +80,17 @@ class Exchange(RepositoryCare):
             "seconds": round(time.monotonic() - began, 3),
         }
 
-    async def serve(self, job: JobContext, backup: str, volume: str, socket: str | None) -> Result:
+    async def serve(self, job: JobContext, backup: str, volume: str, options: ServeOptions) -> Result:
         """Serve a volume until the job is cancelled."""
-        path = socket or str(self.config.runtime_directory / f"serve-{job.id}.sock")
+        path = options.socket or str(self.config.runtime_directory / f"serve-{job.id}.sock")
         job.observer.step("open")
-        async with self.repositories.reading(backup) as (repository, manifest):
-            await serve_volume(repository, manifest, volume, path, observer=job.observer)
+        async with (
+            self.repositories.reading(backup) as (repository, manifest),
+            self.journal(job, "serve") as on_effect,
+            VolumeServer(repository, manifest, volume, path, on_effect=on_effect, group=options.group) as server,
+        ):
+            job.observer.step(f"serving {path}")
+            await server.ended()
         return {}
 
     @property

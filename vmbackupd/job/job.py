@@ -20,6 +20,7 @@ from vmbackupd.job.options import (
     KeyOptions,
     PruneOptions,
     RestoreOptions,
+    ServeOptions,
     VerifyOptions,
 )
 from vmbackupd.job.states import advance
@@ -94,7 +95,7 @@ class Runner(Protocol):
     async def import_image(self, job: JobContext, file: str, name: str, options: ImportOptions) -> Result:
         """Make an image file a backup: ``{"backup", "size", ...}``."""
 
-    async def serve(self, job: JobContext, backup: str, volume: str, socket: str | None) -> Result:
+    async def serve(self, job: JobContext, backup: str, volume: str, options: ServeOptions) -> Result:
         """Serve a volume over NBD until the job is cancelled. The step ``serving SOCKET`` tells that it can be read."""
 
     async def protect(self, backup: str, protected: bool) -> Result:

@@ -28,6 +28,7 @@ from vmbackupd.job.options import (
     KeyOptions,
     PruneOptions,
     RestoreOptions,
+    ServeOptions,
     VerifyOptions,
 )
 from vmbackupd.model import JobState
@@ -128,19 +129,17 @@ class JobManager:
         _require_path(file)
         return self._start("import", name, None, lambda job: self._runner.import_image(job, file, name, options))
 
-    def start_serve(self, backup: str, volume: str, socket: str | None) -> Job:
+    def start_serve(self, backup: str, volume: str, options: ServeOptions) -> Job:
         """Serve a volume until the job is cancelled. Raises ``Busy`` when a job serves at that socket."""
         _require_names(backup=backup, volume=volume)
-        if socket is not None:
-            _require_path(socket)
         serving = sum(job.kind == "serve" and not job.state.final for job in self._jobs.values())
         if serving >= SERVED:
             raise Busy(f"{serving} volumes are served already: cancel one of these jobs first")
         return self._start_beside(
             "serve",
             backup,
-            f"file:{socket}" if socket else None,
-            lambda job: self._runner.serve(job, backup, volume, socket),
+            f"file:{options.socket}" if options.socket else None,
+            lambda job: self._runner.serve(job, backup, volume, options),
         )
 
     async def recover_at_start(self) -> Job:

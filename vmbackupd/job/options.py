@@ -124,6 +124,19 @@ class ImportOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """``socket`` is the path of the unix socket to make, None for one of the daemon's own; root may connect, and the
+    members of ``group`` where one is named."""
+
+    socket: str | None = None
+    group: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.socket is not None and (not self.socket.startswith("/") or "\0" in self.socket):
+            raise InvalidArgument(f"the path of a socket must be absolute, not {self.socket!r}")
+
+
+@dataclass(frozen=True, slots=True)
 class InitOptions:
     """``encrypt`` insists on an encrypted repository. ``reveal`` is given the new recovery key, the only time there is
     a text of it, before the repository is made; without it there is no recovery key."""

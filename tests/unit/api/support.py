@@ -30,6 +30,7 @@ from vmbackupd.job.options import (
     KeyOptions,
     PruneOptions,
     RestoreOptions,
+    ServeOptions,
     VerifyOptions,
 )
 
@@ -209,11 +210,11 @@ class SmallRunner:
         self.calls.append(("import", file, name, options))
         return {"backup": f"{name}-1", "path": file, "size": 1 << 30, "bytes_stored": 4096}
 
-    async def serve(self, job: JobContext, backup: str, volume: str, socket: str | None) -> Result:
-        self.calls.append(("serve", backup, volume, socket))
+    async def serve(self, job: JobContext, backup: str, volume: str, options: ServeOptions) -> Result:
+        self.calls.append(("serve", backup, volume, options))
         if backup == "none":
             raise NotFound("there is no backup none")
-        job.observer.step(f"serving {socket or '/run/own.sock'}")
+        job.observer.step(f"serving {options.socket or '/run/own.sock'}")
         await self._wait(job)
         return {}
 

@@ -12,7 +12,15 @@ import pytest
 
 from tests.unit.api.support import DEADLINE, RECOVERY_KEY, cli_command, cli_environment, served
 from tests.unit.cli.test_commands import ctl, end, only_job, start
-from vmbackupd.job.options import ExportOptions, GcOptions, ImportOptions, PruneOptions, RestoreOptions, VerifyOptions
+from vmbackupd.job.options import (
+    ExportOptions,
+    GcOptions,
+    ImportOptions,
+    PruneOptions,
+    RestoreOptions,
+    ServeOptions,
+    VerifyOptions,
+)
 
 
 def test_forget_tells_what_it_removed_and_why(address: str) -> None:
@@ -152,7 +160,7 @@ def test_export_and_import_with_absolute_paths(address: str, tmp_path: Path) -> 
 def test_serve_announces_the_socket_and_ends_with_the_command(address: str, number: int) -> None:
     async def main() -> None:
         async with served(address) as (manager, runner, _):
-            process = await start(address, "serve", "web-1", "vda", "/run/a b.sock")
+            process = await start(address, "serve", "web-1", "vda", "/run/a b.sock", "--group", "kvm")
             assert process.stdout is not None
             uri = await asyncio.wait_for(process.stdout.readline(), DEADLINE)
             assert uri == b"nbd+unix:///?socket=/run/a%20b.sock\n"
@@ -161,7 +169,7 @@ def test_serve_announces_the_socket_and_ends_with_the_command(address: str, numb
             process.send_signal(number)
             done = await end(process)
             assert (done.status, done.err, job.state) == (0, "", "cancelled")
-            assert runner.calls == [("serve", "web-1", "vda", "/run/a b.sock")]
+            assert runner.calls == [("serve", "web-1", "vda", ServeOptions("/run/a b.sock", "kvm"))]
 
     asyncio.run(main())
 

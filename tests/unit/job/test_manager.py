@@ -18,6 +18,7 @@ from vmbackupd.job.options import (
     GcOptions,
     PruneOptions,
     RestoreOptions,
+    ServeOptions,
     VerifyOptions,
 )
 
@@ -230,7 +231,7 @@ def test_care_of_the_repository_neither_waits_for_backups_nor_makes_them_wait() 
         manager = JobManager(runner, parallel=1)
         first = manager.start_backup("slow1", OPTIONS)
         beside = [manager.start_gc(GcOptions(threshold=1.0)), manager.start_verify(VerifyOptions(("slow",))),
-                  manager.start_serve("web-1", "vda", None)]
+                  manager.start_serve("web-1", "vda", ServeOptions())]
         second = manager.start_backup("slow2", OPTIONS)
         assert [job.state.value for job in (first, *beside, second)] == ["running"] * 4 + ["queued"]
         await ended(manager.start_prune(None, PruneOptions()))
@@ -249,10 +250,10 @@ def test_one_gc_and_one_verify_at_a_time_and_one_job_a_file() -> None:
         manager = JobManager(runner)
         gc = manager.start_gc(GcOptions(threshold=1.0))
         verify = manager.start_verify(VerifyOptions(("slow",)))
-        manager.start_serve("web-1", "vda", "/run/s")
+        manager.start_serve("web-1", "vda", ServeOptions("/run/s"))
         manager.start_export("slow", "vda", "/out", ExportOptions())
         for start in (lambda: manager.start_gc(GcOptions()), lambda: manager.start_verify(VerifyOptions()),
-                      lambda: manager.start_serve("web-2", "vda", "/run/s"),
+                      lambda: manager.start_serve("web-2", "vda", ServeOptions("/run/s")),
                       lambda: manager.start_export("web-1", "vda", "/out", ExportOptions())):
             with pytest.raises(Busy, match="works on it"):
                 start()
@@ -272,12 +273,12 @@ def test_no_more_volumes_are_served_than_there_may_be(monkeypatch: pytest.Monkey
 
     async def main() -> None:
         manager = JobManager(SmallRunner())
-        jobs = [manager.start_serve("web-1", "vda", None) for _ in range(2)]
+        jobs = [manager.start_serve("web-1", "vda", ServeOptions()) for _ in range(2)]
         with pytest.raises(Busy, match="2 volumes are served already"):
-            manager.start_serve("web-1", "vda", None)
+            manager.start_serve("web-1", "vda", ServeOptions())
         jobs[0].cancel()
         await ended(jobs[0])
-        manager.start_serve("web-1", "vda", None)
+        manager.start_serve("web-1", "vda", ServeOptions())
         await manager.close()
 
     asyncio.run(main())
