@@ -147,7 +147,8 @@ def test_listings(address: str) -> None:
             done = await ctl(address, "list")
             assert done.out.splitlines()[1].split() == ["web-0", "web", "2023-11-14", "22:13:20Z", "5.0", "GiB"]
             assert (await ctl(address, "list", "db", "--json")).document == []
-            runner.backups = [{"id": "web-1", "vm": "web", "protected": True}, {"id": "00ff", "vm": "", "error": "is damaged"}]
+            runner.backups = [{"id": "web-1", "vm": "web", "protected": True},
+                              {"id": "00ff", "vm": "", "error": "is damaged"}]
             notes = [row.split()[-1] for row in (await ctl(address, "list")).out.splitlines()]
             assert notes == ["NOTE", "protected", "damaged"]
             done = await ctl(address, "repository", "init")
