@@ -23,7 +23,7 @@ def register(subcommands: Subcommands) -> None:
                         help="where a volume goes: a file, a block device or iscsi://PORTAL/IQN/LUN (may be repeated)")
     parser.add_argument("--force", action="store_true", help="write to targets that are not empty")
     parser.add_argument("--in-place", action="store_true",
-                        help="read targets that hold data and write only what differs; implies --force")
+                        help="read targets that hold data and write only what differs; needs no --force")
     parser.add_argument("--revert", choices=("backup", "restore"),
                         help="revert while restoring, instead of using what was reverted at backup time")
     either = parser.add_mutually_exclusive_group()

@@ -401,12 +401,12 @@ def test_a_killed_daemon_leaves_a_repository_that_works(site: Host) -> None:
     image = site.image("disk.raw", 40, size=4 * SIZE)
     kept = site.backup(site.image("kept.raw", 41))
     for arguments in (("import", str(image), "--name=web"), ("gc", "--threshold=0"),
-                      ("export", kept, "vda", str(site.directory / "out.raw"))):
-        job = site.json(*arguments, "--no-wait")["job"]
-        assert job
+                      ("export", kept, "vda", str(site.directory / "out.raw")), ("verify", "--data"),
+                      ("serve", kept, "vda", str(site.directory / "out.sock"))):
+        site.json(*arguments, "--no-wait")
         site.stop(signal.SIGKILL)
         site.start()
         assert kept in [item["id"] for item in site.json("list")]
-    assert not list(site.directory.glob("out.raw*"))
+    assert not list(site.directory.glob("out.*"))
     assert site.json("verify", "--data")["sound"] is True
     site.json("gc")
