@@ -184,7 +184,7 @@ def test_a_prune_that_fails_after_a_backup_is_a_warning(tmp_path: Path) -> None:
         observer = JobObserver(lambda changed: None)
         assert await care.prune_after_backup("uuid-of-web", observer) == []
         (warning,) = observer.warnings
-        assert "the backup was made" in warning and "no repository" in warning
+        assert "the backup was made" in warning and "does not exist" in warning
 
     asyncio.run(main())
 
