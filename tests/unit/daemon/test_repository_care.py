@@ -31,6 +31,8 @@ class Host:
         self.directory = directory
         self.process: subprocess.Popen[bytes] | None = None
         self.log = directory / "log"
+        self.top: dict[str, object] = {
+            "state_directory": f"{directory}/state", "runtime_directory": f"{directory}/run"}
         self.sections: dict[str, dict[str, object]] = {"repository": {"path": str(directory / "repository")}}
 
     @property
@@ -40,9 +42,10 @@ class Host:
     def start(self, **environment: str) -> None:
         """Start the daemon with the present ``sections`` and wait until it serves."""
         file = self.directory / "vmbackupd.toml"
-        text = f'state_directory = "{self.directory}/state"\nruntime_directory = "{self.directory}/run"\n'
-        for section, keys in self.sections.items():
-            text += f"[{section}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
+        text = ""
+        for section, keys in [("", self.top), *self.sections.items()]:
+            text += f"[{section}]\n" if section else ""
+            text += "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
         file.write_text(text)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -60,6 +63,12 @@ class Host:
         if process is not None:
             process.send_signal(number)
             assert process.wait(DEADLINE) == (0 if number == signal.SIGTERM else -number), self.log.read_text()
+
+    def kill(self) -> None:
+        """End it, if it runs."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait(DEADLINE)
 
     def restart(self, **environment: str) -> None:
         self.stop()
@@ -112,9 +121,7 @@ class Host:
 def host(address: str, tmp_path: Path) -> Iterator[Host]:
     host = Host(address, tmp_path)
     yield host
-    if host.process is not None:
-        host.process.kill()
-        host.process.wait(DEADLINE)
+    host.kill()
 
 
 @pytest.fixture
