@@ -20,6 +20,7 @@ from tests.bench.sources import fill_from_file, fill_from_nbd
 from vmbackupd.engine.image import ImageSink
 from vmbackupd.model import Consistency, Method, RevertMode, VolumeKind, VolumeRecord
 from vmbackupd.repository import LocalStorage, Manifest, Repository, RepositoryWriter, VmIdentity
+from vmbackupd.repository.keys import KeyFile
 
 TRACKED_SIZE = 2**40
 TRACKED_USED = 10 * 2**30
@@ -36,11 +37,11 @@ def publish(writer: RepositoryWriter, images: Sequence[tuple[str, int]]) -> None
     writer.publish(Manifest(f"bench-{time.time_ns()}", vm, now, now, now, 0.0, RevertMode.BACKUP, volumes))
 
 
-def create(path: Path) -> Repository:
-    """A new repository."""
+def create(path: Path, key: Path | None = None) -> Repository:
+    """A new repository, encrypted if there is a key file."""
     storage = LocalStorage(path)
     storage.create()
-    return Repository.create(storage)
+    return Repository.create(storage, keys=[] if key is None else [KeyFile(key)])
 
 
 def latest(repository: Repository) -> tuple[str, int]:
@@ -63,7 +64,7 @@ def backup(repository: Repository, size: int, fill: Callable[[ImageSink], None])
 
 def full(args: argparse.Namespace) -> int:
     size = args.image.stat().st_size
-    with create(args.repository) as repository:
+    with create(args.repository, args.key) as repository:
         backup(repository, size, lambda sink: fill_from_file(sink, args.image))
     return args.image.stat().st_blocks * 512
 
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("work", choices=sorted(WORKS))
     parser.add_argument("--repository", type=Path, required=True)
     parser.add_argument("--image", type=Path)
+    parser.add_argument("--key", type=Path)
     parser.add_argument("--changes", type=Path)
     parser.add_argument("--sockets", nargs="*", default=[])
     args = parser.parse_args()

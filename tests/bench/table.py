@@ -26,6 +26,7 @@ GROUPS: list[list[Entry]] = [
     [
         Entry("full-backup", OURS, works.full_backup),
         Entry("limit-compress", LIMIT, lambda bench: bench.limit("compress")),
+        Entry("full-backup-encrypted", OURS, works.full_backup_encrypted),
         Entry("full-backup", "qemu-img", peers.qemu_img_backup),
         Entry("full-backup", "borg", peers.borg_backup),
         Entry("full-backup", "restic", peers.restic_backup),

@@ -78,13 +78,20 @@ def prepared(directory: Path, size: int) -> Iterator[Bench]:
 # ---- what the project does
 
 
-def full_backup(bench: Bench) -> Sample:
+def full_backup(bench: Bench, *options: object) -> Sample:
     path = bench.path("new-repository")
     settle(bench.image)
-    sample = bench.ours("full", "--repository", path, "--image", bench.image)
+    sample = bench.ours("full", "--repository", path, "--image", bench.image, *options)
     stored = stored_below(path)
     remove(path)
     return Sample(sample.seconds, sample.peak_rss, sample.bytes_in, stored)
+
+
+def full_backup_encrypted(bench: Bench) -> Sample:
+    key = bench.path("key")
+    key.write_bytes(bytes(range(64)))
+    key.chmod(0o600)
+    return full_backup(bench, "--key", key)
 
 
 def second_backup_scan(bench: Bench) -> Sample:
