@@ -8,6 +8,8 @@ Every ``vmbackupd/engine/*.pyx`` is one extension module. Environment:
     the same under AddressSanitizer and UndefinedBehaviorSanitizer; run with
     ``LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"`` and
     ``ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1``.
+``VMBACKUPD_FUZZ=1``
+    the same by clang with counters for a coverage-guided fuzzer; undefined behaviour traps. See ``tests/fuzz``.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ ROOT = Path(__file__).resolve().parent
 ENGINE = "vmbackupd/engine"
 LIBRARIES = ("libnbd", "libzstd", "libcrypto")
 
+FUZZ = os.environ.get("VMBACKUPD_FUZZ") == "1"
 SANITIZE = os.environ.get("VMBACKUPD_SANITIZE") == "1"
-DEBUG = SANITIZE or os.environ.get("VMBACKUPD_DEBUG") == "1"
+DEBUG = FUZZ or SANITIZE or os.environ.get("VMBACKUPD_DEBUG") == "1"
 
 
 def pkg_config(option: str) -> list[str]:
@@ -44,6 +47,10 @@ def extensions() -> list[Extension]:
         sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
         cflags += sanitizers
         ldflags += sanitizers
+    if FUZZ:
+        os.environ["CC"] = "clang"
+        cflags += ["-fsanitize=fuzzer-no-link,address,undefined", "-fsanitize-trap=undefined", "-Wno-unknown-pragmas"]
+        ldflags += ["-shared-libsan"]
     os.chdir(ROOT)
     return [
         Extension(

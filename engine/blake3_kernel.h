@@ -120,7 +120,9 @@ static void blake3_chunk(const uint32_t key[8], const uint8_t *data, size_t leng
 #undef ROTATE16
 #undef ROTATE8
 
-#if defined(__x86_64__)
+/* only GCC can be told by a pragma which instructions a part of a file may use */
+#if defined(__x86_64__) && !defined(__clang__)
+#define BLAKE3_WIDE
 #pragma GCC push_options
 #pragma GCC target("avx2")
 #define NAME(x) blake3_8_##x
@@ -163,7 +165,7 @@ static void blake3_chunk(const uint32_t key[8], const uint8_t *data, size_t leng
 /* the widest kernel of this machine */
 static int blake3_widest(void)
 {
-#if defined(__x86_64__)
+#if defined(BLAKE3_WIDE)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq"))
@@ -210,7 +212,7 @@ static void blake3_many(const blake3_state *state, const uint8_t *data, size_t c
         size_t used = count < (size_t)lanes ? count : (size_t)lanes;
         for (int i = 0; i < lanes; i++)
             inputs[i] = data + stride * ((size_t)i < used ? (size_t)i : used - 1);
-#if defined(__x86_64__)
+#if defined(BLAKE3_WIDE)
         if (lanes == 16)
             blake3_16_hash(inputs, blocks, state->key, counter, step, flags, first, last, made);
         else if (lanes == 8)

@@ -1,4 +1,4 @@
-"""A file read by the repository's own workers: the same tree as if every chunk had been handed over, and clear errors."""
+"""A file read by the repository's own workers: the tree that handing over would make."""
 
 from __future__ import annotations
 
