@@ -1,6 +1,6 @@
 """Which records the trees of some backups refer to: one bit for each entry of an index, no sets of names."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from typing_extensions import Buffer
 
@@ -43,8 +43,10 @@ class LiveSet:
     def live_entries(self, pack_id: bytes) -> Iterator[Record]:
         """As ``live_among`` the entries that the index has of this pack, in order of offset. Reads the whole index."""
 
-    def pack_usage(self) -> dict[bytes, tuple[int, int, int, int]]:
-        """For every usable pack in the index (live records, records, their bytes, bytes of all): a dictionary by id.
+    def pack_usage(self, among: Collection[bytes] | None = None) -> dict[bytes, tuple[int, int, int, int]]:
+        """For every usable pack in the index, or those ``among`` them (live records, records, their bytes, bytes of all): a
+        dictionary by id.
 
-        Bytes are those of records with their headers. Reads the whole index: RepositoryCorrupt if it is damaged.
+        Of the copies of a record in these packs one counts as live. Bytes are those of records with their headers.
+        Reads the whole index: RepositoryCorrupt if it is damaged.
         """

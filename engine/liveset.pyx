@@ -8,7 +8,7 @@ that each block is read once for a million of them instead of once for each.
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, qsort
-from libc.string cimport memcmp, memcpy
+from libc.string cimport memcmp, memcpy, memset
 
 from vmbackupd.engine.chunkreader cimport ChunkReader
 from vmbackupd.engine.index cimport PLACE_BITS, IndexSet, index_t
@@ -299,16 +299,19 @@ cdef class LiveSet:
                 found.append((item.wire[:NAME], entry.kind, entry.offset, entry.stored, entry.raw))
         return iter(sorted(found, key=_offset))
 
-    def pack_usage(self):
-        """For every usable pack in the index (live records, records, their bytes, bytes of all): a dictionary by id.
+    def pack_usage(self, among=None):
+        """For every usable pack in the index, or those ``among`` them (live records, records, their bytes, bytes of all): a
+        dictionary by id.
 
-        Bytes are those of records with their headers. Reads the whole index: RepositoryCorrupt if it is damaged.
+        Of the copies of a record in these packs one counts as live. Bytes are those of records with their headers.
+        Reads the whole index: RepositoryCorrupt if it is damaged.
         """
         cdef EntryScan scan
         cdef uint64_t *sums
         cdef size_t i
         self.finish()
-        scan = EntryScan(self.index.files, self._usable_packs().__contains__)
+        packs = self._usable_packs()
+        scan = EntryScan(self.index.files, (packs if among is None else packs.intersection(among)).__contains__)
         sums = <uint64_t *>calloc(len(scan.packs) + 1, 4 * sizeof(uint64_t))
         if sums == NULL:
             raise MemoryError
@@ -337,6 +340,8 @@ cdef class LiveSet:
         cdef Entry entry
         cdef uint64_t *own
         cdef uint64_t number
+        cdef uint8_t counted[32]                # the zero name names nothing
+        memset(counted, 0, NAME)
         while True:
             item = scan.next()
             if item == NULL:
@@ -346,7 +351,11 @@ cdef class LiveSet:
             number = item.place & ((<uint64_t>1 << PLACE_BITS) - 1)
             own[1] += 1
             own[3] += RECORD_HEADER + <uint64_t>entry.stored
-            if (self.bits[item.place >> PLACE_BITS][number >> 3] >> (number & 7)) & 1:
+            if (
+                (self.bits[item.place >> PLACE_BITS][number >> 3] >> (number & 7)) & 1
+                and memcmp(item.wire, counted, NAME) != 0
+            ):
+                memcpy(counted, item.wire, NAME)
                 own[0] += 1
                 own[2] += RECORD_HEADER + <uint64_t>entry.stored
 

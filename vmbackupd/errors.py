@@ -167,6 +167,18 @@ class NotAuthorized(BackupError):
     code = "NotAuthorized"
 
 
+class SessionLost(BackupError):
+    """A session on the repository counts as ended, because its host was not heard of: it may not go on."""
+
+    code = "SessionLost"
+
+
+class Protected(BackupError):
+    """A protected backup cannot be forgotten."""
+
+    code = "Protected"
+
+
 class KeyRequired(BackupError):
     """The repository is encrypted, and no key was given or none could be read."""
 

@@ -88,14 +88,16 @@ class Choice:
         return sink.finish()
 
     def backup(self, fill: object) -> None:
-        with self.repository.writer() as writer:
+        self.backups += 1
+        name = f"backup-{self.backups}"
+        with self.repository.writer(name) as writer:
+            if self.backups > 1:
+                writer.base(f"backup-{self.backups - 1}")
             self.tree = fill(writer)  # type: ignore[operator]
             volume = VolumeRecord(
                 "vda", VolumeKind.VIRTUAL, Method.GUEST_SNAPSHOT, Consistency.APPLICATION, self.size, self.tree
             )
             vm = VmIdentity("bench", "6f1d1c1e-0000-4000-8000-000000000001")
-            self.backups += 1
-            name = f"backup-{self.backups}"
             writer.publish(Manifest(name, vm, 1.0, 1.0, 1.0, 0.0, RevertMode.BACKUP, (volume,)))
 
     def read(self) -> None:
@@ -179,7 +181,7 @@ def tree_costs(path: Path, fanout: int) -> dict[str, float]:
     repository = Repository.open(storage, settings=Settings(workers=2))
     rng = random.Random(1)
     figures: dict[str, float] = {"fanout": fanout}
-    with repository.writer() as writer:
+    with repository.writer("one") as writer:
         sink = writer.image(TREE_CHUNKS * BLOCK)
         for at in range(0, TREE_CHUNKS, 256):
             sink.write(at * BLOCK, b"".join(rng.randbytes(16) * (BLOCK // 16) for _ in range(256)))

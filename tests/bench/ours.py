@@ -34,7 +34,12 @@ def publish(writer: RepositoryWriter, images: Sequence[tuple[str, int]]) -> None
     )
     now = time.time()
     vm = VmIdentity("bench", "6f1d1c1e-0000-4000-8000-000000000001")
-    writer.publish(Manifest(f"bench-{time.time_ns()}", vm, now, now, now, 0.0, RevertMode.BACKUP, volumes))
+    writer.publish(Manifest(writer.backup_id, vm, now, now, now, 0.0, RevertMode.BACKUP, volumes))
+
+
+def new_id() -> str:
+    """The id of a backup that is about to begin."""
+    return f"bench-{time.time_ns()}"
 
 
 def create(path: Path, key: Path | None = None) -> Repository:
@@ -44,16 +49,18 @@ def create(path: Path, key: Path | None = None) -> Repository:
     return Repository.create(storage, keys=[] if key is None else [KeyFile(key)])
 
 
-def latest(repository: Repository) -> tuple[str, int]:
-    """(tree, size) of the first volume of the newest backup."""
-    record = repository.manifest(repository.backups()[-1].id).volumes[0]
+def latest(repository: Repository, writer: RepositoryWriter | None = None) -> tuple[str, int]:
+    """(tree, size) of the first volume of the newest backup; ``writer`` is going to build on it."""
+    backup_id = repository.backups()[-1].id
+    manifest = repository.manifest(backup_id) if writer is None else writer.base(backup_id)
+    record = manifest.volumes[0]
     assert record.tree is not None
     return record.tree, record.size
 
 
 def backup(repository: Repository, size: int, fill: Callable[[ImageSink], None]) -> None:
     """One backup of one image."""
-    with repository.writer() as writer:
+    with repository.writer(new_id()) as writer:
         sink = writer.image(size)
         fill(sink)
         publish(writer, [(sink.finish(), size)])
@@ -78,8 +85,8 @@ def scan(args: argparse.Namespace) -> int:
 
 def tracked(args: argparse.Namespace) -> int:
     """Change tracking says that nothing changed."""
-    with Repository.open(LocalStorage(args.repository)) as repository, repository.writer() as writer:
-        tree, size = latest(repository)
+    with Repository.open(LocalStorage(args.repository)) as repository, repository.writer(new_id()) as writer:
+        tree, size = latest(repository, writer)
         publish(writer, [(writer.update(tree).finish(), size)])
     return 0
 
@@ -87,8 +94,8 @@ def tracked(args: argparse.Namespace) -> int:
 def changed(args: argparse.Namespace) -> int:
     """Change tracking says which chunks changed: those in the file of changes."""
     numbers = json.loads(args.changes.read_text())
-    with Repository.open(LocalStorage(args.repository)) as repository, repository.writer() as writer:
-        tree, size = latest(repository)
+    with Repository.open(LocalStorage(args.repository)) as repository, repository.writer(new_id()) as writer:
+        tree, size = latest(repository, writer)
         sink = writer.update(tree)
         with args.image.open("rb") as file:
             for number in numbers:
@@ -115,7 +122,7 @@ def verify(args: argparse.Namespace) -> int:
 
 def parallel(args: argparse.Namespace) -> int:
     """As many backups at once as there are sockets, into one repository."""
-    with create(args.repository) as repository, repository.writer() as writer:
+    with create(args.repository) as repository, repository.writer(new_id()) as writer:
         made: list[tuple[str, int]] = [("", 0)] * len(args.sockets)
 
         def one(number: int, size: int) -> None:
@@ -137,7 +144,7 @@ def prepare_tracked(args: argparse.Namespace) -> int:
     """A 1 TiB image with 10 GiB in use, spread over all of it in runs of 16 MiB."""
     rng = random.Random(1)
     run = 256
-    with create(args.repository) as repository, repository.writer() as writer:
+    with create(args.repository) as repository, repository.writer(new_id()) as writer:
         sink = writer.image(TRACKED_SIZE)
         pattern = bytearray(rng.randbytes(64) * (CHUNK // 64))
         for first in sorted(rng.sample(range(0, TRACKED_SIZE // CHUNK, run), TRACKED_USED // CHUNK // run)):

@@ -176,7 +176,7 @@ def work_writer(path: Path, tree: str) -> None:
     timed("for_writer", begin)
 
     def write() -> None:
-        with repository.writer() as writer:
+        with repository.writer("one") as writer:
             writer.blob(b"a" * 100000)
 
     timed("a writer's start and end", write)

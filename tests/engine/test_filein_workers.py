@@ -35,7 +35,7 @@ def test_the_tree_is_that_of_the_chunks_one_by_one(tmp_path: Path, rng: random.R
         path = tmp_path / "image"
         size = sparse_file(path, rng, chunk)
         whole = path.read_bytes()
-        with repository.writer() as writer, path.open("rb") as file:
+        with repository.writer("one") as writer, path.open("rb") as file:
             sink = writer.image(size)
             sink.write(0, bytes(min(size, chunk)))  # what was there before does not matter
             progress = Progress()
@@ -62,7 +62,7 @@ def test_a_file_that_shrinks_is_an_error_and_the_writer_goes_on(
         put(self, pack_id, parts)
 
     monkeypatch.setattr(RepositoryWriter, "_put_pack", put_and_truncate)
-    with repository.writer() as writer, path.open("rb") as file:
+    with repository.writer("one") as writer, path.open("rb") as file:
         sink = writer.image(8 << 20)
         with pytest.raises(SourceError, match=r"the disk: it ends before byte \d+: it was truncated"):
             read_file(file.fileno(), sink, Progress(), label="the disk")
@@ -77,7 +77,8 @@ def test_a_descriptor_that_cannot_be_read(tmp_path: Path, rng: random.Random) ->
     path.write_bytes(rng.randbytes(8 * 4096))
     descriptor = os.open(path, os.O_WRONLY)
     try:
-        with repository.writer() as writer, pytest.raises(SourceError, match=r"image: reading .* Bad file descriptor"):
+        wrong = pytest.raises(SourceError, match=r"image: reading .* Bad file descriptor")
+        with repository.writer("one") as writer, wrong:
             sink = writer.image(8 * 4096)
             read_file(descriptor, sink, Progress(), label="image")
     finally:

@@ -273,7 +273,7 @@ def test_neighbouring_chunks_cost_one_request(tmp_path: Path) -> None:
 def test_memory_is_bounded(tmp_path: Path) -> None:
     """A large image takes no more memory than a small one."""
     repository = make(tmp_path / "repository", chunk_size=65536, fanout=256)
-    with repository.writer() as writer:
+    with repository.writer("big") as writer:
         sink = writer.image(1 << 30)
         rng = random.Random(11)
         parts = [rng.randbytes(32768) + bytes(32768) for _ in range(64)]

@@ -29,7 +29,7 @@ indexes = sorted({rng.randrange(count) for _ in range(20000)})
 order = list(indexes)
 if mode == "scattered":
     rng.shuffle(order)
-with repository.writer() as writer:
+with repository.writer("one") as writer:
     sink = writer.image(2**40)
     last = 0
     for index in order:

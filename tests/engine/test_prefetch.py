@@ -106,7 +106,7 @@ def test_in_place_over_a_qcow2_server(tmp_path: Path) -> None:
     rng = random.Random(3)
     repository = make(tmp_path / "repository", chunk_size=65536, fanout=256)
     size = 1 << 40
-    with repository.writer() as writer:
+    with repository.writer("one") as writer:
         sink = writer.image(size)
         data = {rng.randrange(size >> 16): rng.randbytes(65536) for _ in range(20)}
         for index, content in data.items():
@@ -251,7 +251,7 @@ def test_chunks_of_a_writer_at_work(tmp_path: Path) -> None:
     rng = random.Random(8)
     image = sparse_image(rng, 300 * CHUNK)
     repository = make(tmp_path / "repository")
-    with repository.writer() as writer:
+    with repository.writer("one") as writer:
         sink = writer.image(len(image))
         sink.write(0, image)
         source = writer.source(sink.finish())

@@ -63,12 +63,13 @@ def test_random_operations(tmp_path: Path, seed: int) -> None:
     count = rng.randrange(1, 900)
     size = count * CHUNK - rng.randrange(CHUNK)
     model = bytearray(sparse_image(rng, size, density=rng.random()))
-    base = store(repository, "base", bytes(model))
+    base, last = store(repository, "base", bytes(model)), "base"
     for round_number in range(3):
         fresh = rng.random() < 0.3
         if fresh:
             model = bytearray(size)
-        with repository.writer() as writer:
+        with repository.writer(f"round-{round_number}") as writer:
+            assert writer.base(last).trees() == [base]
             sink = writer.image(size) if fresh else writer.update(base)
             for _ in range(rng.randrange(1, 400)):
                 first = rng.randrange(count)
@@ -84,7 +85,8 @@ def test_random_operations(tmp_path: Path, seed: int) -> None:
             base = sink.finish()
             # visible to its writer at once, also from packs that are still in memory
             assert writer.source(base).read(0, size) == model
-            writer.publish(manifest(f"round-{round_number}", volume("vda", base, size)))
+            last = f"round-{round_number}"
+            writer.publish(manifest(last, volume("vda", base, size)))
         assert base == tree_of(cut(bytes(model), CHUNK), size, CHUNK, 16, namer(repository))[0]
         assert reference_image(repository, tmp_path, base) == model
 
@@ -117,7 +119,8 @@ def test_update_stores_changed_chunks_and_their_path_only(tmp_path: Path) -> Non
     repository = make(tmp_path)
     size = 4096 * CHUNK  # three levels of 16
     base = store(repository, "base", rng.randbytes(size))
-    with repository.writer() as writer:
+    with repository.writer("second") as writer:
+        writer.base("base")
         sink = writer.update(base)
         sink.write(1234 * CHUNK, rng.randbytes(CHUNK))
         tree = sink.finish()
@@ -135,7 +138,7 @@ def test_equal_content_is_stored_once(tmp_path: Path) -> None:
     repository = make(tmp_path)
     image = sparse_image(rng, 300 * CHUNK)
     tree = store(repository, "one", image)
-    with repository.writer() as writer:
+    with repository.writer("two") as writer:
         again = writer.image(len(image))
         again.write(0, image)
         assert again.finish() == tree
@@ -148,7 +151,7 @@ def test_equal_content_is_stored_once(tmp_path: Path) -> None:
 
 def test_wrong_calls(tmp_path: Path) -> None:
     repository = make(tmp_path)
-    with repository.writer() as writer:
+    with repository.writer("one") as writer:
         sink = writer.image(10 * CHUNK + 5)
         for offset, length in [(1, CHUNK), (0, 5), (10 * CHUNK, CHUNK), (11 * CHUNK, 1), (2**63, CHUNK)]:
             with pytest.raises(InvalidArgument):

@@ -111,7 +111,8 @@ async def make_kit(directory: Path, mode: RevertMode = RevertMode.BACKUP, *, siz
     save(directory / "vda.t2", t2["vda"])
     scratch = bytearray(STORE_OFFSET) + store + bytes(MiB)
     save(directory / "scratch", scratch)
-    with repository.writer() as writer:
+    backup_id = "web1-20260101T000000Z-01234567"
+    with repository.writer(backup_id) as writer:
         async with StorageDaemon(directory / "run") as daemon:
             trees = {name: await put(writer, daemon, directory / name)
                      for name in ("vda.t1", "vda.t2", "vdb.t1", "lun.t1", "scratch")}
@@ -122,7 +123,7 @@ async def make_kit(directory: Path, mode: RevertMode = RevertMode.BACKUP, *, siz
             _record(LUN_ID, VolumeKind.PASS_THROUGH, 16 * MiB, trees["lun.t1"]))
         store_record = None if mode is RevertMode.BACKUP else StoreRecord(trees["scratch"], len(scratch))
         manifest = Manifest(
-            id="web1-20260101T000000Z-01234567", vm=VmIdentity("web1", VM_UUID), created=1.0, t1=1.0, t2=2.0,
+            id=backup_id, vm=VmIdentity("web1", VM_UUID), created=1.0, t1=1.0, t2=2.0,
             freeze_ms=3.0, revert=mode, volumes=volumes, store=store_record, volume_maps=(spanning,),
             config={"domain-inactive.xml": writer.blob(XML.encode())}, tool_version="test")
         writer.publish(manifest)

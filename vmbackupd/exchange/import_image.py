@@ -81,7 +81,7 @@ async def import_images(
             fd, format = stack.enter_context(_opened(image, allow_backing))
             sources.append(_Source(image, fd, format, await _size(image, fd, format)))
         observer.step("read-images")
-        writer = await asyncio.to_thread(repository.writer)
+        writer = await asyncio.to_thread(repository.writer, backup)
         try:
             return await _store(writer, backup, name, sources, storage_daemon, observer)
         finally:

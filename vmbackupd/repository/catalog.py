@@ -373,12 +373,7 @@ class Catalog:
         start = self._storage.get(name, 0, packs.HEADER)
         packs.check_header(start, self._header.id, pack_id, name, encrypted=self._header.encrypted)
         try:
-            if size < packs.HEADER + packs.TRAILER:
-                raise RepositoryCorrupt(f"{name} is truncated: it has {size} bytes")
-            trailer = self._storage.get(name, size - packs.TRAILER, packs.TRAILER)
-            offset, _ = packs.parse_trailer(trailer, size, pack_id, name)
-            tail = self._storage.get(name, offset, size - offset)
-            return packs.check_tail(tail, self._header.keys.seal, name), offset
+            return self.own_entries(pack_id, size)
         except RepositoryCorrupt as reason:
             log.warning("%s: %s; its records are read instead", self._storage.place, reason)
         keys = self._header.keys
@@ -386,3 +381,14 @@ class Catalog:
         codec = Codec(1, LARGEST_CONTENT)
         entries = packs.scan_records(data, keys.chunk, keys.node, codec, content_key=self._header.content_key)
         return entries, len(data)
+
+    def own_entries(self, pack_id: bytes, size: int) -> tuple[bytes, int]:
+        """A pack's own index, all or nothing, and where its records end. RepositoryCorrupt, FileNotFoundError,
+        StorageError."""
+        name = pack_name(pack_id)
+        if size < packs.HEADER + packs.TRAILER:
+            raise RepositoryCorrupt(f"{name} is truncated: it has {size} bytes")
+        trailer = self._storage.get(name, size - packs.TRAILER, packs.TRAILER)
+        offset, _ = packs.parse_trailer(trailer, size, pack_id, name)
+        tail = self._storage.get(name, offset, size - offset)
+        return packs.check_tail(tail, self._header.keys.seal, name), offset

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import tzinfo
 from typing import TYPE_CHECKING
 
 from vmbackupd.engine.chunkreader import ChunkReader
 from vmbackupd.engine.chunkstore import ChunkStore
 from vmbackupd.engine.image import ImageSource
 from vmbackupd.engine.index import IndexSet
-from vmbackupd.errors import InvalidArgument, NotEncrypted, NotFound, RepositoryCorrupt
-from vmbackupd.repository import envelope
-from vmbackupd.repository.catalog import WRITER_ID, Catalog, PackStorage, object_id, pack_name
+from vmbackupd.errors import BackupError, InvalidArgument, NotEncrypted, NotFound, RepositoryCorrupt
+from vmbackupd.repository import envelope, sessions, settle
+from vmbackupd.repository.catalog import Catalog, PackStorage
+from vmbackupd.repository.condemned import Verdicts, manifests_in, packs_in
+from vmbackupd.repository.forget import ForgetResult, forget, protect, protected_names
+from vmbackupd.repository.gc import SLACK, THRESHOLD, Collector, GcResult, Progress
 from vmbackupd.repository.header import NAME as HEADER_NAME
 from vmbackupd.repository.header import Header
 from vmbackupd.repository.keys import (
@@ -29,6 +34,9 @@ from vmbackupd.repository.keys import (
     unlock,
 )
 from vmbackupd.repository.manifest import BACKUP_ID, MAX_BYTES, BackupSummary, Manifest
+from vmbackupd.repository.retention import Decision, KeepPolicy, decide
+from vmbackupd.repository.sessions import Session
+from vmbackupd.repository.settle import MANIFESTS
 from vmbackupd.repository.storage import Storage
 from vmbackupd.typed import parse_object
 
@@ -37,8 +45,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MANIFESTS = "manifests"
-SESSIONS = "sessions"
 MANIFEST_MAGIC = b"VMBKMANI"
 
 CHUNK_SIZE = 64 * 1024
@@ -75,6 +81,7 @@ class Repository:
         self.header = header
         self.settings = settings
         self.catalog = Catalog(storage, header)
+        self.verdicts = Verdicts(storage, header)
         self._lock = threading.Lock()
         self._reader: ChunkReader | None = None
 
@@ -152,46 +159,75 @@ class Repository:
     def backups(self) -> list[BackupSummary]:
         """All backups, oldest first. One whose manifest is damaged is listed with the reason, it hides no other."""
         found = []
-        for info in self.storage.list(f"{MANIFESTS}/"):
+        forgotten = manifests_in(self.verdicts.listed(lenient=True))
+        for name in self.manifest_names() - forgotten:
             try:
-                found.append(BackupSummary.of(self.listed_manifest(info.name)))
-            except NotFound:
+                found.append(BackupSummary.of(self.read_manifest(name)))
+            except FileNotFoundError:
                 continue  # deleted since the listing
             except (RepositoryCorrupt, InvalidArgument) as reason:
-                found.append(BackupSummary(info.name.removeprefix(f"{MANIFESTS}/"), error=str(reason)))
+                found.append(BackupSummary(name, error=str(reason)))
         return sorted(found, key=lambda summary: (summary.t1, summary.id))
 
     def manifest_object(self, backup_id: str) -> str:
         """The object that holds a backup's manifest."""
-        return f"{MANIFESTS}/{self.header.manifest_name(backup_id)}"
+        return settle.manifest_object(self.header, backup_id)
 
     def manifest(self, backup_id: str) -> Manifest:
         """The manifest of a backup. NotFound, InvalidArgument, RepositoryCorrupt, StorageError."""
         if not BACKUP_ID.fullmatch(backup_id):
             raise InvalidArgument(f"{backup_id!r} is no backup id")
-        return self._read_manifest(self.manifest_object(backup_id), backup_id)
-
-    def listed_manifest(self, name: str) -> Manifest:
-        """The manifest in an object ``manifests/…`` that was listed: where a repository is encrypted, its name does not
-        tell the backup's id. NotFound, InvalidArgument, RepositoryCorrupt, StorageError."""
-        last = name.removeprefix(f"{MANIFESTS}/")
-        if not BACKUP_ID.fullmatch(last):
-            raise InvalidArgument(f"{last!r} is no backup id")
-        return self._read_manifest(name, last)
-
-    def _read_manifest(self, name: str, backup: str) -> Manifest:
-        """``backup``: what to call it."""
-        what = f"manifest of backup {backup}"
+        name = self.header.manifest_name(backup_id)
+        # Verdicts first, then the manifest: one that is read and not forgotten stays for a session claimed before.
+        if name in manifests_in(self.verdicts.listed(lenient=True)):
+            raise NotFound(f"backup {backup_id} in the repository at {self.storage.place} was forgotten")
         try:
-            data = self.storage.get(name, 0, MAX_BYTES + 2**16)
+            return self.read_manifest(name)
         except FileNotFoundError:
-            raise NotFound(f"there is no backup {backup} in the repository at {self.storage.place}") from None
+            raise NotFound(f"there is no backup {backup_id} in the repository at {self.storage.place}") from None
+
+    def manifest_names(self) -> set[str]:
+        """The last parts of the names of all manifests, also of forgotten backups, but not of what stands in the place
+        of a manifest that was never published."""
+        void = len(settle.void(self.header, ""))  # shorter than any manifest
+        return {
+            info.name.removeprefix(f"{MANIFESTS}/")
+            for info in self.storage.list(f"{MANIFESTS}/")
+            if info.size != void and BACKUP_ID.fullmatch(info.name.removeprefix(f"{MANIFESTS}/"))
+        }
+
+    def read_manifest(self, name: str) -> Manifest:
+        """The manifest whose object's name ends with ``name``. FileNotFoundError, RepositoryCorrupt, StorageError."""
+        what = f"manifest of backup {name}"
+        data = self.storage.get(f"{MANIFESTS}/{name}", 0, MAX_BYTES + 2**16)
+        if settle.is_void(self.header, name, data):
+            raise FileNotFoundError(name)
         content = envelope.unseal(MANIFEST_MAGIC, self.header, data, what)
         fields = parse_object(content, what=what, max_length=MAX_BYTES, error=RepositoryCorrupt)
         manifest = Manifest.from_json(fields, at=what)
-        if self.manifest_object(manifest.id) != name:
+        if self.header.manifest_name(manifest.id) != name:
             raise RepositoryCorrupt(f"{what} is that of {manifest.id}: an object was swapped")
         return manifest
+
+    @contextlib.contextmanager
+    def reading(self, backup_id: str) -> Iterator[Manifest]:
+        """The manifest of a backup that stays, with all it refers to, as long as the context lasts, even if the backup
+        is forgotten meanwhile. NotFound, InvalidArgument, RepositoryCorrupt, StorageError.
+
+        Where the repository cannot be written to, nothing holds the backup.
+        """
+        try:
+            session = Session(self.storage, self.header, "reader", backup_id)
+        except BackupError as reason:
+            log.warning("%s: backup %s is read without a session: %s", self.storage.place, backup_id, reason)
+            yield self.manifest(backup_id)
+            return
+        try:
+            manifest = self.manifest(backup_id)
+            self.catalog.refresh()
+            yield manifest
+        finally:
+            session.end()
 
     # ---- content
 
@@ -241,11 +277,21 @@ class Repository:
 
     # ---- writing
 
-    def writer(self) -> RepositoryWriter:
-        """Begin a backup. Any number of writers may work at once, here and on other hosts."""
+    def writer(self, backup_id: str) -> RepositoryWriter:
+        """Begin a backup; an id is never used twice. Any number of writers may work at once, here and on other hosts.
+
+        InvalidArgument if the id is taken or none, RepositoryFull, StorageError.
+        """
         from vmbackupd.repository.writer import RepositoryWriter  # it imports this module
 
-        return RepositoryWriter(self)
+        return RepositoryWriter(self, backup_id)
+
+    def reliable_index(self, without: Collection[bytes] = ()) -> IndexSet:
+        """What a session that was claimed before may rely on: records in packs that exist and are not condemned, nor
+        among ``without``. RepositoryCorrupt, StorageError."""
+        condemned = packs_in(self.verdicts.listed())
+        present = self.catalog.list_packs()
+        return self.catalog.for_writer(present, condemned.union(without))
 
     # ---- keys
 
@@ -265,67 +311,76 @@ class Repository:
 
     # ---- care
 
+    def condemn(self, packs: Iterable[bytes], *, manifests: Iterable[str] = (), reason: str) -> None:
+        """From now on nobody new relies on these packs (ids); ``gc`` removes them when nobody is left who did, and what
+        is needed of them is stored elsewhere. ``manifests``: last parts of names. StorageError, RepositoryFull."""
+        self.verdicts.add(packs, manifests, reason)
+
+    def forget(self, backup_ids: Iterable[str]) -> ForgetResult:
+        """Forget these backups, all or none: they are gone at once, their space after the next ``gc``.
+
+        NotFound, Protected, InvalidArgument, StorageError, RepositoryFull.
+        """
+        return forget(self, backup_ids)
+
+    def protect(self, backup_id: str, wanted: bool) -> None:
+        """Protect a backup from being forgotten, or take that away. NotFound, InvalidArgument, StorageError."""
+        protect(self, backup_id, wanted)
+
+    def protected(self) -> set[str]:
+        """The ids of protected backups."""
+        names = protected_names(self)
+        return {summary.id for summary in self.backups() if self.header.manifest_name(summary.id) in names}
+
+    def prune(
+        self, policy: KeepPolicy, *, vm: str | None = None, dry_run: bool = False, zone: tzinfo | None = None
+    ) -> list[Decision]:
+        """Forget the backups (of the VM with this name or UUID) that ``policy`` does not keep; what was decided on
+        each, oldest first. ``zone``: time zone of the periods, the host's if None. StorageError, RepositoryFull."""
+        backups = [item for item in self.backups() if vm is None or vm in (item.vm_name, item.vm_uuid)]
+        names = protected_names(self)
+        safe = {item.id for item in backups if self.header.manifest_name(item.id) in names}
+        decisions = decide(backups, policy, zone=zone, protected=safe)
+        if not dry_run:
+            forget(self, [item.backup.id for item in decisions if not item.keep])
+        return decisions
+
+    def gc(
+        self,
+        *,
+        dry_run: bool = False,
+        threshold: float = THRESHOLD,
+        slack: float = SLACK,
+        progress: Progress | None = None,
+    ) -> GcResult:
+        """Free the space that no backup needs. Safe beside anything else, here and on other hosts.
+
+        ``threshold``: the wasted share above which a pack is repacked; ``slack``: more are until no more than this
+        share of all packs is wasted; ``progress(step, done, total)`` is called now and then, and ends it by raising.
+        RepositoryCorrupt naming the backup where what a backup needs is missing: nothing is removed then. StorageError,
+        RepositoryFull.
+        """
+        return Collector(self, threshold=threshold, slack=slack, progress=progress).run(dry_run=dry_run)
+
     def rebuild_index(self) -> int:
-        """Make an index of all packs that none covers, but those of writers at work or killed; the number of packs.
+        """Make an index of the packs that none covers, but not of those that only their session relies on; how many.
 
         Needs nothing but packs. Done by itself when an index is damaged or a chunk is not found.
         """
-        return self.catalog.rebuild(self._unfinished())
+        return self.catalog.rebuild(self._private())
 
-    def _unfinished(self) -> Iterator[bytes]:
-        """Ids of writers whose packs do not count: at work, or ended without publishing."""
-        for info in self.storage.list(f"{SESSIONS}/"):
-            writer = _session_writer(info.name)
-            if writer is not None and not (self.storage.abandoned(info.name) and self._may_be_published(writer)):
-                yield writer
-
-    def _may_be_published(self, writer: bytes) -> bool:
-        """Is there a manifest of this writer? A manifest that cannot be read might be it."""
-        for info in self.storage.list(f"{MANIFESTS}/"):
-            try:
-                if self.listed_manifest(info.name).writer == writer.hex():
-                    return True
-            except RepositoryCorrupt:
-                return True
-            except (NotFound, InvalidArgument):
-                continue  # deleted since the listing; not one of ours
-        return False
+    def _private(self) -> Iterator[bytes]:
+        """Ids of sessions whose packs are nobody else's: they are at work, or died before they had an index."""
+        for info in sessions.listed(self.storage, self.header, details=False).values():
+            if not (info.covered and self.storage.abandoned(sessions.session_name(info.id))):
+                yield info.id
 
     def clean_up(self) -> int:
-        """Remove what killed writers left: temporary files, and packs that nothing refers to. The bytes of the packs.
+        """End sessions whose owners died; remove temporary files, and packs that nobody else can rely on. The bytes.
 
-        Leaves writers that are at work alone, on this host and on others. While a manifest or an index is damaged,
-        packs stay: they might be among its own.
+        Leaves who is at work alone, on this host and on others.
         """
-        self.storage.remove_temporaries()
-        freed = 0
-        for info in list(self.storage.list(f"{SESSIONS}/")):
-            writer = _session_writer(info.name)
-            if writer is None or not self.storage.abandoned(info.name):
-                continue
-            if not self._may_be_published(writer):
-                self.catalog.refresh()
-                if self.catalog.damaged:
-                    log.warning("%s: what writer %s left stays: an index is damaged", self.storage.place, writer.hex())
-                    continue
-                freed += self._remove_uncovered(writer)
-            elif any(summary.error for summary in self.backups()):
-                log.warning("%s: what writer %s left stays: a manifest is damaged", self.storage.place, writer.hex())
-                continue
-            self.storage.delete(info.name)
-        if freed:
-            log.info("%s: removed %d bytes that killed writers left", self.storage.place, freed)
-        return freed
-
-    def _remove_uncovered(self, writer: bytes) -> int:
-        """Remove a writer's packs that no index tells of; their bytes."""
-        freed = 0
-        covered = self.catalog.covered()
-        for pack in list(self.storage.list(pack_name(writer + bytes(4))[:-8])):
-            pack_id = object_id(pack.name)
-            if pack_id is not None and pack_id not in covered and self.storage.delete(pack.name):
-                freed += pack.size
-        return freed
+        return settle.clean_up(self.storage, self.header)
 
     def info(self) -> dict[str, object]:
         """Figures of the repository for ``repository info``; sizes in bytes."""
@@ -338,22 +393,9 @@ class Repository:
             "encrypted": self.header.encrypted,
             "chunk_size": self.header.chunk_size,
             "fanout": self.header.fanout,
-            "backups": sum(1 for _ in self.storage.list(f"{MANIFESTS}/")),
+            "backups": len(self.manifest_names() - manifests_in(self.verdicts.listed(lenient=True))),
             "packs": len(packs),
             "pack_bytes": sum(packs.values()),
             "chunks": len(self.catalog.refresh()),
             "free_bytes": self.storage.free_bytes(),
         }
-
-
-def session_name(writer: bytes) -> str:
-    """The object that tells that this writer is at work."""
-    return f"{SESSIONS}/{writer.hex()}"
-
-
-def _session_writer(name: str) -> bytes | None:
-    try:
-        writer = bytes.fromhex(name.removeprefix(f"{SESSIONS}/"))
-    except ValueError:
-        return None
-    return writer if len(writer) == WRITER_ID else None

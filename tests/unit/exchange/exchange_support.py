@@ -104,7 +104,7 @@ def sparse_file(path: Path, data: bytes) -> Path:
 def stored(directory: Path, image: bytes, *, chunk: int = CHUNK, backup: str = "web1-1") -> tuple[Repository, Manifest]:
     """A repository with one backup of one volume, ``vda``."""
     repository = make(directory / "repository", chunk_size=chunk, fanout=16)
-    with repository.writer() as writer:
+    with repository.writer(backup) as writer:
         sink = writer.image(len(image))
         sink.write(0, image)
         published = manifest(backup, volume("vda", sink.finish(), len(image)))
@@ -124,7 +124,7 @@ def stored_at_t2(directory: Path, rng: random.Random, size: int) -> tuple[Reposi
     scratch = bytes(lead) + store
     mapped = VolumeMap("data", length, lead, len(store), (Segment(0, "vda", start, length),), len(olds))
     repository = make(directory / "repository", chunk_size=CHUNK, fanout=16)
-    with repository.writer() as writer:
+    with repository.writer("web1-t2") as writer:
         trees = []
         for image in (t2, scratch):
             sink = writer.image(len(image))

@@ -140,7 +140,7 @@ def test_a_volume_that_is_reverted_at_restore_time_is_served_as_of_t1(tmp_path: 
 def big(tmp_path: Path, size: int) -> tuple[Repository, Manifest]:
     """A sparse image with a little data at its beginning, middle and end."""
     repository = make(tmp_path / "repository", chunk_size=CHUNK, fanout=256)
-    with repository.writer() as writer:
+    with repository.writer("big-1") as writer:
         sink = writer.image(size)
         for at in (0, size // 2, size - CHUNK):
             sink.write(at, random.Random(at).randbytes(CHUNK))

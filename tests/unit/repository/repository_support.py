@@ -132,7 +132,7 @@ def manifest(backup: str, *volumes: VolumeRecord, **more: Any) -> Manifest:
 
 def store(repository: Repository, backup: str, image: bytes) -> str:
     """Publish a backup of one image; its tree."""
-    with repository.writer() as writer:
+    with repository.writer(backup) as writer:
         sink = writer.image(len(image))
         sink.write(0, image)
         tree = sink.finish()
@@ -160,6 +160,10 @@ class FaultyStorage:
         self.late = False
         self.operations: list[str] = []
         self.always: tuple[str, BackupError] | None = None
+
+    @property
+    def certain_ends(self) -> bool:
+        return self.storage.certain_ends
 
     def _run(self, what: str, call: Any) -> Any:
         number = len(self.operations)

@@ -23,7 +23,7 @@ from vmbackupd.engine.index import IndexSet
 from vmbackupd.errors import RepositoryFull, StorageError
 from vmbackupd.repository import LocalStorage, Repository
 from vmbackupd.repository.catalog import INDEXES, MOST_FILES, MOST_KEPT, Catalog, kept_files, pack_name
-from vmbackupd.repository.repository import SESSIONS
+from vmbackupd.repository.sessions import SESSIONS
 
 Places = dict[bytes, set[tuple[bytes, int, int, int, int]]]
 
@@ -36,7 +36,7 @@ def filled(path: Path, count: int, *, copies: bool = False) -> list[tuple[str, b
     made = []
     for number in range(count):
         image = sparse_image(rng, (20 + 10 * (number % 3)) * CHUNK)
-        with repository.writer() as early:
+        with repository.writer(f"backup-{number}") as early:
             if copies and number % 2:
                 made.append((store(repository, f"copy-{number}", image), image))
             sink = early.image(len(image))
@@ -295,7 +295,7 @@ def test_a_writer_whose_index_was_merged_and_removed_keeps_its_packs(tmp_path: P
     repository = make(tmp_path)
     other = reopen(tmp_path)
     image = random.Random(1).randbytes(40 * CHUNK)
-    writer = repository.writer()
+    writer = repository.writer("one")
     sink = writer.image(len(image))
     sink.write(0, image)
     tree = sink.finish()

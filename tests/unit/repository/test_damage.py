@@ -23,7 +23,7 @@ def sound(both_sorts: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     images = {}
     for number in range(2):
         image = sparse_image(rng, 250 * CHUNK + number)
-        with repository.writer() as writer:
+        with repository.writer(f"backup-{number}") as writer:
             sink = writer.image(len(image))
             sink.write(0, image)
             tree = sink.finish()
@@ -139,7 +139,7 @@ def test_damaged_pack_is_healed_by_another_copy(tmp_path: Path, sound: tuple[Pat
     # with no index a writer knows nothing and stores everything again
     repository = reopen(path)
     tree, image = next(iter(images.items()))
-    with repository.writer() as writer:
+    with repository.writer("again") as writer:
         sink = writer.image(len(image))
         sink.write(0, image)
         assert sink.finish() == tree

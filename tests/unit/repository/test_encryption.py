@@ -88,7 +88,8 @@ def test_hosts_with_different_ciphers_share_a_repository(tmp_path: Path) -> None
     tree = store(one, "one", image)
     changed = bytearray(image)
     changed[:CHUNK] = rng.randbytes(CHUNK)
-    with two.writer() as writer:
+    with two.writer("two") as writer:
+        writer.base("one")
         sink = writer.update(tree)
         sink.write(0, changed[:CHUNK])
         other = sink.finish()
@@ -120,7 +121,7 @@ def write_marked(repository: Repository) -> None:
         [text + rng.randbytes(CHUNK - len(text)), text + bytes(CHUNK - len(text)), (text * CHUNK)[:CHUNK], bytes(CHUNK)]
     )
     backup = MARKERS[3].decode()
-    with repository.writer() as writer:
+    with repository.writer(backup) as writer:
         sink = writer.image(len(image))
         sink.write(0, image)
         blob = writer.blob(b"<name>" + MARKERS[0] + b"</name>" + rng.randbytes(100))
@@ -514,7 +515,7 @@ def test_records_are_copied(tmp_path: Path, cipher: int) -> None:
     before = sorted(tmp_path.glob("packs/*/*"))
     places = [(data[at : at + 32], data[at + 39]) for data in map(Path.read_bytes, before) for at in records_of(data)]
     reader = repository.reader(index)
-    with repository.writer() as writer:
+    with repository.writer("two") as writer:
         chunks = writer._store
         for name, kind in places:
             compression, raw, payload = reader.record(name, kind)

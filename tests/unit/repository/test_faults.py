@@ -34,7 +34,7 @@ SIZE = 400 * CHUNK
 
 def backup(storage: FaultyStorage, image: bytes, backup_id: str = "two") -> None:
     keys = keys_of(storage.storage)
-    with Repository.open(storage, settings=SETTINGS, keys=keys) as repository, repository.writer() as writer:
+    with Repository.open(storage, settings=SETTINGS, keys=keys) as repository, repository.writer(backup_id) as writer:
         sink = writer.image(len(image))
         sink.write(0, image)
         tree = sink.finish()
@@ -88,7 +88,7 @@ def test_storage_fails_for_good_while_writing(tmp_path: Path) -> None:
     storage = FaultyStorage(LocalStorage(tmp_path))
     storage.always = ("put packs", RepositoryFull("disk full"))
     repository = Repository.open(storage, settings=SETTINGS, keys=keys_of(storage))
-    with pytest.raises(RepositoryFull, match="disk full"), repository.writer() as writer:
+    with pytest.raises(RepositoryFull, match="disk full"), repository.writer("one") as writer:
         sink = writer.image(64 * SIZE)
         rng = random.Random(3)
         for number in range(64):

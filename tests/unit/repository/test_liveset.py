@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,12 +33,13 @@ def filled(path: Path, rng: random.Random) -> list[str]:
     images = [sparse_image(rng, 300 * CHUNK + 7) for _ in range(2)]
     trees = [store(repository, f"backup-{number}", image) for number, image in enumerate(images)]
     # begun before anything was published: it stores what the others have too
-    with repository.writer() as early:
-        with repository.writer() as other:
+    with repository.writer("early") as early:
+        with repository.writer("other") as other:
             sink = other.image(len(images[0]))
             sink.write(0, b"new" + images[1][3:])
             trees.append(sink.finish())
             other.publish(manifest("other", volume("vda", trees[-1], len(images[0]))))
+        early.base("backup-1")
         sink = early.update(trees[1])
         sink.write(100 * CHUNK, rng.randbytes(3 * CHUNK))
         sink.write(0, b"new" + images[1][3 : 50 * CHUNK])
@@ -52,6 +55,10 @@ def own_entries(repository: Repository) -> dict[bytes, bytes]:
         pack_id: repository.catalog.read_pack_entries(pack_id, size)[0]
         for pack_id, size in repository.catalog.list_packs().items()
     }
+
+
+def kept_records(path: Path, packs: Iterable[bytes]) -> list[tuple[bytes, Any]]:
+    return [(pack_id, record) for pack_id in packs for record in records((path / pack_name(pack_id)).read_bytes())]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -82,7 +89,17 @@ def test_usage_is_that_of_the_plain_twin(tmp_path: Path, seed: int) -> None:
                 names = [record[0] for record in held if record[0] in live]
                 assert [record[0] for record in found.live_among(own[pack_id])] == names
                 assert list(found.live_entries(pack_id)) == found.live_among(own[pack_id])
-            assert found.pack_usage() == usage
+            told = found.pack_usage()
+            assert {pack_id: told[pack_id][1::2] for pack_id in told} == {pack: usage[pack][1::2] for pack in usage}
+            # one copy of each counts
+            assert all(told[pack_id][at] <= usage[pack_id][at] for pack_id in told for at in range(4))
+            sizes = {record[0]: 48 + len(record[4]) for _, record in kept_records(path, own) if record[0] in live}
+            assert sum(figures[0] for figures in told.values()) == len(sizes)
+            assert sum(figures[2] for figures in told.values()) == sum(sizes.values())
+            some = set(rng.sample(sorted(own), len(own) // 2))
+            assert {pack_id: told[1::2] for pack_id, told in found.pack_usage(some).items()} == {
+                pack_id: usage[pack_id][1::2] for pack_id in some
+            }
             for name in plain:
                 assert found.is_live(name) == (name in live)
 

@@ -26,7 +26,7 @@ from tests.unit.repository.repository_support import (
 from vmbackupd.errors import InvalidArgument, NotFound, RepositoryCorrupt, RepositoryMissing, StorageError
 from vmbackupd.repository import LocalStorage, Repository
 from vmbackupd.repository.header import NAME as HEADER_NAME
-from vmbackupd.repository.repository import SESSIONS
+from vmbackupd.repository.sessions import SESSIONS
 
 
 def test_create_and_open(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_damaged_header(tmp_path: Path) -> None:
 def test_backups_and_blobs(tmp_path: Path) -> None:
     repository = make(tmp_path)
     image = sparse_image(random.Random(2), 100 * CHUNK)
-    with repository.writer() as writer:
+    with repository.writer("one") as writer:
         blobs = {
             "domain.xml": writer.blob(b"<domain/>"),
             "nvram": writer.blob(bytes(70_000)),
@@ -103,7 +103,7 @@ def test_backups_and_blobs(tmp_path: Path) -> None:
 
 def test_a_backup_appears_with_its_manifest_only(tmp_path: Path) -> None:
     repository = make(tmp_path)
-    writer = repository.writer()
+    writer = repository.writer("one")
     sink = writer.image(CHUNK)
     sink.write(0, b"x" * CHUNK)
     tree = sink.finish()
@@ -124,15 +124,20 @@ def test_refused_manifests(tmp_path: Path) -> None:
     tree = store(repository, "one", b"x" * CHUNK)
     before = objects(tmp_path)
     for wrong, message in [
-        (manifest("one", volume("vda", tree, CHUNK)), "already"),
-        (manifest("two", volume("vda", "ab" * 32, CHUNK)), "not in the repository"),
-        (manifest("../two", volume("vda", tree, CHUNK)), "backup id"),
+        (manifest("one", volume("vda", tree, CHUNK)), "made for backup two"),
+        (manifest("two", volume("vda", "ab" * 32, CHUNK)), "neither of this writer nor"),
+        (manifest("two", volume("vda", tree, CHUNK)), "neither of this writer nor"),  # nobody promised that it stays
+        (replace(manifest("two"), freeze_ms=float("nan")), "manifest two"),
     ]:
-        with repository.writer() as writer:
+        with repository.writer("two") as writer:
             writer.blob(b"something new")
             with pytest.raises(InvalidArgument, match=message):
                 writer.publish(wrong)
         assert objects(tmp_path) == before
+    for taken in ("one", "../two", ""):
+        with pytest.raises(InvalidArgument, match="backup"):
+            repository.writer(taken)
+    assert objects(tmp_path) == before
 
 
 def test_writers_at_once(tmp_path: Path) -> None:
@@ -144,7 +149,7 @@ def test_writers_at_once(tmp_path: Path) -> None:
 
     def backup(number: int) -> None:
         try:
-            with reopen(tmp_path) as repository, repository.writer() as writer:
+            with reopen(tmp_path) as repository, repository.writer(f"backup-{number}") as writer:
                 mine = [2 * number, 2 * number + 1]
 
                 def one(index: int) -> None:
@@ -182,7 +187,7 @@ def test_many_chunks_leave_memory(tmp_path: Path) -> None:
     settings = replace(SETTINGS, segment_entries=50, pack_size=40 * 1024)
     repository = make(tmp_path, settings=settings)
     image = rng.randbytes(700 * CHUNK)
-    with repository.writer() as writer:
+    with repository.writer("one") as writer:
         sink = writer.image(len(image))
         sink.write(0, image)
         tree = sink.finish()
@@ -210,7 +215,7 @@ def test_scattered_writes_leave_memory(tmp_path: Path) -> None:
     rng = random.Random(4)
     repository = make(tmp_path)
     count = 16 * 1500
-    with repository.writer() as writer:
+    with repository.writer("one") as writer:
         sink = writer.image(count * CHUNK)
         content = {}
         for round_number in range(3):
@@ -266,7 +271,7 @@ def test_index_is_made_from_a_pack_without_trailer(tmp_path: Path) -> None:
 def test_rebuilt_index_leaves_out_writers_at_work(tmp_path: Path) -> None:
     repository = make(tmp_path)
     store(repository, "one", b"x" * CHUNK)
-    with repository.writer() as writer:
+    with repository.writer("two") as writer:
         sink = writer.image(200 * CHUNK)
         sink.write(0, random.Random(7).randbytes(200 * CHUNK))  # several packs
         tree = sink.finish()

@@ -46,7 +46,7 @@ def join(place: Store, **options: Any) -> Repository:
 
 def back_up(repository: Repository, backup: str, image: bytes) -> tuple[str, int]:
     """Publish a backup of one image: its tree, and the bytes that were stored for it."""
-    with repository.writer() as writer:
+    with repository.writer(backup) as writer:
         sink = writer.image(len(image))
         sink.write(0, image)
         tree = sink.finish()

@@ -47,7 +47,7 @@ def sound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     for number in range(3):
         if number == 1:
             images["vda"][CHUNK * 30 : CHUNK * 40] = rng.randbytes(CHUNK * 10)
-        with repository.writer() as writer:
+        with repository.writer(f"backup-{number}") as writer:
             volumes = []
             for name, image in images.items():
                 sink = writer.image(len(image))
@@ -216,7 +216,7 @@ def test_what_another_pack_holds_is_no_damage(path: Path, condemned: list[bytes]
         images = {name: repository.image(item.tree or "").read(0, item.size) for name, item in trees.items()}
         for name in {name for name in objects(path) if name.startswith("indexes")}:
             (path / name).unlink()
-    with reopen(path) as repository, repository.writer() as writer:
+    with reopen(path) as repository, repository.writer("again") as writer:
         volumes = []
         for name, image in images.items():
             sink = writer.image(len(image))

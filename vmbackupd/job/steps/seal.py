@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
-import secrets
 import time
 
 import vmbackupd
@@ -23,11 +21,11 @@ async def run(ctx: BackupContext) -> None:
 
 def make_manifest(ctx: BackupContext) -> Manifest:
     """The evidence of this backup: what was captured, when and how, and what was not."""
-    assert ctx.coverage is not None and ctx.report is not None
+    assert ctx.coverage is not None and ctx.report is not None and ctx.writer is not None
     now = time.time()
     keeps_t2 = ctx.store_tree is not None and ctx.options.revert is not RevertMode.BACKUP
     return Manifest(
-        id=backup_id(ctx.vm, now),
+        id=ctx.writer.backup_id,
         vm=VmIdentity(ctx.vm, ctx.domain.uuid),
         created=now,
         t1=ctx.t1,
@@ -50,12 +48,6 @@ def make_manifest(ctx: BackupContext) -> Manifest:
         },
         tool_version=vmbackupd.__version__,
     )
-
-
-def backup_id(vm: str, when: float) -> str:
-    """A name that sorts by time within a VM and is unique: ``web1-20261123T101500Z-1a2b3c4d``."""
-    name = re.sub(r"[^A-Za-z0-9_-]", "_", vm)[:100]
-    return f"{name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(when))}-{secrets.token_hex(4)}"
 
 
 def _volume(ctx: BackupContext, captured: Captured, keeps_t2: bool) -> VolumeRecord:
