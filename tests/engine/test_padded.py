@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
-from vmbackupd.engine.padded import PaddedSource
 
 from vmbackupd.engine.memory import MemorySource
+from vmbackupd.engine.padded import PaddedSource
 from vmbackupd.engine.readable import ReadableSource
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.lab.ceph import Ceph
 
+from tests.lab.ceph import Ceph
 from tests.unit.api.support import BusDaemon
 from tests.unit.daemon.test_repository_care import Host, MiB, wait_for
 
