@@ -17,6 +17,10 @@ cdef enum:
 cdef class LiveSet:                       # one thread at a time
     cdef IndexSet index
     cdef uint8_t **bits                   # for each file of the index one bit for each entry
+    cdef uint8_t **checked                # for each file one bit for each block whose seal was found right
+    cdef uint8_t *window                  # blocks [first, first + held) of the file that is being joined
+    cdef uint64_t first
+    cdef uint64_t held
     cdef uint8_t *pending                 # names of chunks to be marked, with the number of their root: ITEM bytes each
     cdef size_t waiting
     cdef list roots
@@ -28,6 +32,7 @@ cdef class LiveSet:                       # one thread at a time
     cdef int _mark(self, const uint8_t *name) noexcept nogil
     cdef int _flush(self) except -1 nogil
     cdef void _join(self, size_t which, size_t count) noexcept nogil
+    cdef const uint8_t *_block(self, size_t which, uint64_t block, uint64_t ahead) noexcept nogil
     cdef void _join_block(
         self, size_t which, uint64_t block, const uint8_t *data, size_t at, size_t count
     ) noexcept nogil

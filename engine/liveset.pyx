@@ -9,11 +9,14 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, qsort
 from libc.string cimport memcmp, memcpy, memset
+from posix.unistd cimport pread
 
+from vmbackupd.engine.blake3 cimport keyed_hash
 from vmbackupd.engine.chunkreader cimport ChunkReader
-from vmbackupd.engine.index cimport PLACE_BITS, IndexSet, index_t
+from vmbackupd.engine.index cimport INDEX_HEADER, INDEX_TAG, PLACE_BITS, IndexSet, index_t
 from vmbackupd.engine.indexscan cimport EntryScan, item_t
 from vmbackupd.engine.layout cimport (
+    BLOCK,
     BLOCK_ENTRIES,
     ENTRY,
     KIND_CHUNK,
@@ -30,7 +33,6 @@ from vmbackupd.engine.layout cimport (
     name_prefix,
     store_u32,
 )
-from vmbackupd.engine.threads cimport pthread_mutex_t, pthread_mutex_unlock
 from vmbackupd.engine.tree cimport node_decode, root_decode, shape_t
 from vmbackupd.engine.zstd cimport Codec
 
@@ -40,6 +42,7 @@ cdef enum:
     PENDING = 1 << 20       # names that are looked up together: 36 MiB
     ITEM = 36               # bytes of one of them
     FOUND = 1 << 31         # flag beside the number of its root: a usable pack holds it
+    WINDOW = 16             # blocks of an index that are read at once
     MOST_MISSING = 65536    # that are told one by one
 
 
@@ -54,19 +57,25 @@ cdef class LiveSet:
         self.missing = []
         self.bits = <uint8_t **>calloc(index.length + 1, sizeof(uint8_t *))
         self.pending = <uint8_t *>malloc(PENDING * <size_t>ITEM)
-        if self.bits == NULL or self.pending == NULL:
+        self.checked = <uint8_t **>calloc(index.length + 1, sizeof(uint8_t *))
+        self.window = <uint8_t *>malloc(WINDOW * BLOCK)
+        if self.bits == NULL or self.pending == NULL or self.checked == NULL or self.window == NULL:
             raise MemoryError
         for i in range(index.length):
             self.bits[i] = <uint8_t *>calloc(index.indexes[i].entries // 8 + 1, 1)
-            if self.bits[i] == NULL:
+            self.checked[i] = <uint8_t *>calloc(index.indexes[i].blocks // 8 + 1, 1)
+            if self.bits[i] == NULL or self.checked[i] == NULL:
                 raise MemoryError
 
     def __dealloc__(self):
         cdef size_t i
-        if self.bits != NULL:
+        if self.bits != NULL and self.checked != NULL:
             for i in range(self.index.length):
                 free(self.bits[i])
+                free(self.checked[i])
         free(self.bits)
+        free(self.checked)
+        free(self.window)
         free(self.pending)
         free(self.room)
         for i in range(MAX_DEPTH):
@@ -194,10 +203,12 @@ cdef class LiveSet:
     # Marks the first `count` names that wait in one file. Only blocks that may hold some of them are read.
     cdef void _join(self, size_t which, size_t count) noexcept nogil:
         cdef index_t *index = self.index.indexes[which]
-        cdef pthread_mutex_t *lock = NULL
+        # many names: nearly every block is needed, and reading several at once saves calls
+        cdef uint64_t ahead = WINDOW if count > index.blocks else 1
         cdef const uint8_t *data
         cdef uint64_t block, last
         cdef size_t first = 0
+        self.held = 0
         for block in range(index.blocks):
             if first == count:
                 return
@@ -205,13 +216,36 @@ cdef class LiveSet:
             last = index.prefixes[block + 1] if block + 1 < index.blocks else <uint64_t>-1
             if name_prefix(self.pending + first * ITEM) > last:
                 continue
-            data = self.index.cache.borrow(index, block, &lock)
+            data = self._block(which, block, ahead)
             if data != NULL:
                 self._join_block(which, block, data, first, count)
-            pthread_mutex_unlock(lock)
             # names below the next block's first one are done with
             while first < count and name_prefix(self.pending + first * ITEM) < last:
                 first += 1
+
+    # A block of a file, or NULL if it is damaged. Not through the index's cache, where it would push out what writers
+    # need; checked against its seal the first time only, as a cached block is.
+    cdef const uint8_t *_block(self, size_t which, uint64_t block, uint64_t ahead) noexcept nogil:
+        cdef index_t *index = self.index.indexes[which]
+        cdef uint8_t *data
+        cdef uint8_t tag[32]
+        cdef ssize_t got
+        if not self.first <= block < self.first + self.held:
+            self.first = block
+            ahead = min(ahead, index.blocks - block)
+            got = pread(index.fd, self.window, ahead * BLOCK, INDEX_HEADER + block * BLOCK)
+            self.held = <uint64_t>got // BLOCK if got > 0 else 0
+            if self.held == 0:
+                index.damaged += 1
+                return NULL
+        data = self.window + (block - self.first) * BLOCK
+        if not self.checked[which][block >> 3] & (1 << (block & 7)):
+            keyed_hash(index.key, data, BLOCK, tag)
+            if memcmp(tag, index.tags + block * INDEX_TAG, INDEX_TAG) != 0:
+                index.damaged += 1
+                return NULL
+            self.checked[which][block >> 3] |= <uint8_t>(1 << (block & 7))
+        return data
 
     cdef void _join_block(
         self, size_t which, uint64_t block, const uint8_t *data, size_t at, size_t count
