@@ -162,14 +162,15 @@ def work_open(path: Path, tree: str) -> None:
 
 def work_list_packs(path: Path, tree: str) -> None:
     repository = opened(path)
-    timed("list", repository.catalog.list_packs)
+    timed("with sizes", repository.catalog.list_packs)
+    timed("names only", repository.catalog.pack_ids)
 
 
 def work_writer(path: Path, tree: str) -> None:
     repository = opened(path)
 
     def begin() -> None:
-        present = repository.catalog.list_packs().keys()
+        present = repository.catalog.pack_ids()
         index = repository.catalog.for_writer(present, set(list(present)[:100]))
         assert index.lookup(bytes.fromhex(tree)) is not None
 

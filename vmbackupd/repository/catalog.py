@@ -193,6 +193,11 @@ class Catalog:
         found = ((object_id(info.name), info.size) for info in self._storage.list(f"{PACKS}/"))
         return {pack_id: size for pack_id, size in found if pack_id is not None}
 
+    def pack_ids(self) -> set[bytes]:
+        """The ids of all packs: several times as fast as with their sizes."""
+        found = (object_id(info.name) for info in self._storage.list(f"{PACKS}/", sizes=False))
+        return {pack_id for pack_id in found if pack_id is not None}
+
     # ---- fewer and smaller files
 
     def merge(self, stop: Callable[[], bool] | None = None) -> int:
@@ -247,7 +252,7 @@ class Catalog:
     def _replace(self, files: Sequence[IndexFile], without: Collection[bytes], stop: Callable[[], bool] | None) -> bool:
         """Put a file with the entries of ``files`` beside them, then remove them; False if that was not done."""
         # listed after the files were opened: what they tell of and is not there now is gone for good
-        present = self.list_packs().keys()
+        present = self.pack_ids()
         try:
             merged = self._merged(files, lambda pack_id: pack_id in present and pack_id not in without, stop)
         except RepositoryCorrupt as reason:

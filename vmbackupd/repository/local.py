@@ -107,12 +107,12 @@ class LocalStorage:
             except FileNotFoundError:
                 return None
 
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+    def list(self, prefix: str, *, sizes: bool = True) -> Iterator[ObjectInfo]:
         first, _, rest = prefix.partition("/")
         with self._errors(prefix):
-            yield from self._list(check_name(first), rest)
+            yield from self._list(check_name(first), rest, sizes)
 
-    def _list(self, directory: str, prefix: str) -> Iterator[ObjectInfo]:
+    def _list(self, directory: str, prefix: str, sizes: bool) -> Iterator[ObjectInfo]:
         """Files below ``directory`` whose path relative to it begins with ``prefix``."""
         try:
             descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._root_descriptor())
@@ -127,10 +127,10 @@ class LocalStorage:
                         continue
                     if entry.is_dir(follow_symlinks=False):
                         if not deeper or entry.name == first:
-                            yield from self._list(name, rest)
+                            yield from self._list(name, rest, sizes)
                     elif not deeper and entry.is_file(follow_symlinks=False):
                         with contextlib.suppress(FileNotFoundError):  # deleted by somebody else meanwhile
-                            yield ObjectInfo(name, entry.stat(follow_symlinks=False).st_size)
+                            yield ObjectInfo(name, entry.stat(follow_symlinks=False).st_size if sizes else -1)
         finally:
             os.close(descriptor)
 

@@ -290,7 +290,7 @@ class Repository:
         """What a session that was claimed before may rely on: records in packs that exist and are not condemned, nor
         among ``without``. RepositoryCorrupt, StorageError."""
         condemned = packs_in(self.verdicts.listed())
-        present = self.catalog.list_packs()
+        present = self.catalog.pack_ids()
         return self.catalog.for_writer(present, condemned.union(without))
 
     # ---- keys

@@ -103,7 +103,7 @@ class S3Storage:
     def get(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         return self.objects.get(check_name(name), offset, length)
 
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+    def list(self, prefix: str, *, sizes: bool = True) -> Iterator[ObjectInfo]:
         first = check_name(prefix.partition("/")[0])
         seen = set()
         for info in self.objects.list(prefix):

@@ -20,7 +20,7 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}(/[A-Za-z0-9_][A-Za-z0-9._-
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """An object that exists: its name, and its size in bytes."""
+    """An object that exists: its name, and its size in bytes (-1: nobody asked for it)."""
 
     name: str
     size: int
@@ -52,8 +52,11 @@ class Storage(Protocol):
     def get(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         """Up to ``length`` bytes from ``offset``; fewer at the object's end."""
 
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Objects whose name begins with ``prefix``, in any order. ``prefix`` contains the whole first part."""
+    def list(self, prefix: str, *, sizes: bool = True) -> Iterator[ObjectInfo]:
+        """Objects whose name begins with ``prefix``, in any order. ``prefix`` contains the whole first part.
+
+        Without ``sizes`` they need not be told (-1): a directory's names are read far faster.
+        """
 
     def stat(self, name: str) -> ObjectInfo | None:
         """The object, or None if there is none."""

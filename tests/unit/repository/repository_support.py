@@ -189,8 +189,8 @@ class FaultyStorage:
     def get(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         return self._run(f"get {name}", lambda: self.storage.get(name, offset, length))
 
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        yield from self._run(f"list {prefix}", lambda: list(self.storage.list(prefix)))
+    def list(self, prefix: str, *, sizes: bool = True) -> Iterator[ObjectInfo]:
+        yield from self._run(f"list {prefix}", lambda: list(self.storage.list(prefix, sizes=sizes)))
 
     def stat(self, name: str) -> ObjectInfo | None:
         return self._run(f"stat {name}", lambda: self.storage.stat(name))

@@ -206,9 +206,9 @@ def test_rebuild_leaves_condemned_packs_and_those_of_living_writers(tmp_path: Pa
             def __getattr__(self, name: str) -> object:
                 return getattr(repository.storage, name)
 
-            def list(self, prefix: str) -> object:
+            def list(self, prefix: str, *, sizes: bool = True) -> object:
                 order.append(prefix)
-                return repository.storage.list(prefix)
+                return repository.storage.list(prefix, sizes=sizes)
 
         catalog = Catalog(Storage(), repository.header)  # type: ignore[arg-type]
         packs = sorted(repository.catalog.list_packs())
