@@ -142,6 +142,7 @@ def test_listing_by_prefix(storage: Any) -> None:
     for name in made:
         storage.put_if_absent(name, [b"x" * 5])
     assert set(storage.list("sessions/")) == {ObjectInfo(name, 5) for name in made}
+    assert {info.name for info in storage.list("sessions/", sizes=False)} == made
     assert names(storage, "sessions/ab") == {name for name in made if "/ab" in name}
     assert names(storage, "sessions/ab0001") == {"sessions/ab0001"}
     assert names(storage, "sessions/x") == set()
