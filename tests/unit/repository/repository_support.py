@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import blake3
+import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
 from vmbackupd.engine.reference_crypto import Secrets
@@ -74,6 +75,14 @@ def make(
         add_slot(storage, header, master, FIXED_KEY, "tests")
     assert storage.put_if_absent(HEADER_NAME, [header.encode()])
     return reopen(path, settings)
+
+
+@pytest.fixture(scope="module", params=["plain", "encrypted"])
+def both_sorts(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test that uses it runs twice: ``make`` makes plain repositories, then encrypted ones."""
+    SORT["encrypted"] = request.param == "encrypted"
+    yield request.param
+    SORT["encrypted"] = False
 
 
 def keys_of(storage: Any) -> tuple[FixedKey, ...]:

@@ -13,8 +13,10 @@ from tests.unit.repository.repository_support import (
     CHUNK,
     SETTINGS,
     FaultyStorage,
+    keys_of,
     make,
     manifest,
+    namer,
     objects,
     reopen,
     store,
@@ -25,6 +27,9 @@ from vmbackupd.repository import LocalStorage, Repository
 from vmbackupd.repository.catalog import pack_name
 from vmbackupd.repository.retention import KeepPolicy
 
+pytestmark = pytest.mark.usefixtures("both_sorts")
+
+RECORD = 48  # bytes of a record before its payload
 SMALL = replace(SETTINGS, pack_size=16 * CHUNK)
 
 
@@ -42,7 +47,7 @@ def kinds(path: Path) -> set[str]:
 
 
 @pytest.fixture
-def repository(tmp_path: Path) -> Iterator[Repository]:
+def repository(both_sorts: str, tmp_path: Path) -> Iterator[Repository]:
     with make(tmp_path / "r", settings=SMALL) as repository:
         yield repository
 
@@ -229,8 +234,9 @@ def test_a_damaged_pack_heals(repository: Repository, path: Path) -> None:
     (pack,) = repository.catalog.list_packs()
     victim = path / pack_name(pack)
     data = bytearray(victim.read_bytes())
-    at = data.index(image[5 * CHUNK : 6 * CHUNK])
-    data[at] ^= 1
+    found = repository.catalog.current.lookup(namer(repository).name(1, image[5 * CHUNK : 6 * CHUNK]))
+    assert found is not None
+    data[found[1] + RECORD] ^= 1
     victim.write_bytes(data)
     repository = reopen(path, SMALL)
     with pytest.raises(RepositoryCorrupt):
@@ -270,8 +276,8 @@ def test_an_unreadable_manifest_stops_everything(repository: Repository, path: P
     store(repository, "one", noise(10, 40))
     store(repository, "two", noise(11, 40))
     repository.forget(["one"])
-    (path / "manifests/two").write_bytes(b"?" * 500)
-    with pytest.raises(RepositoryCorrupt, match="two"):
+    (path / repository.manifest_object("two")).write_bytes(b"?" * 500)
+    with pytest.raises(RepositoryCorrupt, match=repository.header.manifest_name("two")):
         repository.gc()
     repository.forget(["two"])
     repository.gc()
@@ -324,7 +330,7 @@ def test_no_room_for_copies(repository: Repository, path: Path) -> None:
     repository.forget(["one"])
     storage = FaultyStorage(LocalStorage(path))
     storage.always = ("put packs", RepositoryFull("no space left"))
-    full = Repository.open(storage, settings=SMALL)
+    full = Repository.open(storage, settings=SMALL, keys=keys_of(storage))
     before = len(repository.catalog.list_packs())
     with pytest.raises(RepositoryFull):
         full.gc()
@@ -351,7 +357,7 @@ class Lease(FaultyStorage):
 
 def test_a_writer_taken_for_dead_cannot_publish(repository: Repository, path: Path) -> None:
     storage = Lease(path)
-    slow = Repository.open(storage, settings=SMALL)
+    slow = Repository.open(storage, settings=SMALL, keys=keys_of(storage))
     image = noise(5, 40)
     writer = slow.writer("two")
     sink = writer.image(len(image))
@@ -360,7 +366,7 @@ def test_a_writer_taken_for_dead_cannot_publish(repository: Repository, path: Pa
     storage.dead.add(writer.id.hex())
     slow.clean_up()
     assert [name for name in objects(path) if name.startswith("sessions")] == []
-    assert len(objects(path)["manifests/two"]) == 104
+    assert len(objects(path)[repository.manifest_object("two")]) == (152 if repository.header.encrypted else 104)
     with pytest.raises(SessionLost, match="two"):
         writer.publish(manifest("two", volume("vda", tree, len(image))))
     assert slow.backups() == []
@@ -377,13 +383,13 @@ def test_a_writer_taken_for_dead_cannot_publish(repository: Repository, path: Pa
         writer.publish(manifest("three", volume("vda", tree, len(image))))
     slow.forget(["three"])
     slow.gc()
-    assert set(objects(path)) == {"manifests/two", "manifests/three"}  # tombstones
+    assert set(objects(path)) == {repository.manifest_object(name) for name in ("two", "three")}  # tombstones
 
 
 def test_a_writer_that_gives_up_leaves_its_packs_to_others(repository: Repository, path: Path) -> None:
     """Where nobody can be certain who is dead, its packs may be in use by now."""
     storage = Lease(path)
-    slow = Repository.open(storage, settings=SMALL)
+    slow = Repository.open(storage, settings=SMALL, keys=keys_of(storage))
     with slow.writer("two") as writer:
         sink = writer.image(20 * CHUNK)
         sink.write(0, noise(5, 20))
