@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -166,6 +167,28 @@ def test_nothing_of_the_content_can_be_seen(tmp_path: Path, cipher: int) -> None
             assert marker not in data, (name, marker)
         for marker in MARKERS:
             assert marker.hex().encode() not in data, (name, marker)
+
+
+def test_who_is_at_work_cannot_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions, verdicts and marks: neither their names nor their contents tell of backups, reasons and hosts."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "host-of-the-board")
+    shown = []
+    for encrypted in (False, True):
+        path = tmp_path / str(encrypted)
+        with make(path, encrypted=encrypted) as repository:
+            write_marked(repository)
+            backup = MARKERS[3].decode()
+            repository.protect(backup, True)
+            with repository.writer("backup-of-next-night"), repository.reading(backup):
+                repository.condemn(list(repository.catalog.list_packs()), reason="a reason of its own")
+                repository.gc()  # it waits for those at work
+                found = objects(path)
+        kinds = {name.partition("/")[0] for name in found}
+        assert {"sessions", "condemned", "waits", "protected"} <= kinds
+        words = ["host-of-the-board", backup, "backup-of-next-night", "a reason of its own", '"pid"', "writer"]
+        everything = b"".join(name.encode() + data for name, data in found.items() if not name.startswith("packs"))
+        shown.append({word for word in words if word.encode() in everything})
+    assert shown == [set(words), set()]
 
 
 def plain_hash(content: bytes) -> bytes:
@@ -516,6 +539,7 @@ def test_records_are_copied(tmp_path: Path, cipher: int) -> None:
     places = [(data[at : at + 32], data[at + 39]) for data in map(Path.read_bytes, before) for at in records_of(data)]
     reader = repository.reader(index)
     with repository.writer("two") as writer:
+        writer.base("one")
         chunks = writer._store
         for name, kind in places:
             compression, raw, payload = reader.record(name, kind)
