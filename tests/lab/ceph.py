@@ -7,7 +7,6 @@ at once. The processes belong to tests/lab/supervisor.py: none outlives the test
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import os
 import secrets
@@ -21,7 +20,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from tests.lab.services import LabError, Processes
+from tests.lab.services import LabError, Processes, until
 
 PROGRAMS = "ceph ceph-authtool ceph-mon ceph-osd monmaptool radosgw radosgw-admin"
 
@@ -171,9 +170,12 @@ class Ceph:
         """SIGKILL; whatever it was doing for a client stays half done."""
         os.kill(self._rgw, signal.SIGKILL)
         name = f"rgw-{self._starts}"
-        while self.processes.status(name) is None:
-            with contextlib.suppress(OSError):
-                os.kill(self._rgw, 0)
+        until(lambda: self.processes.status(name) is not None, 30, "the gateway ends")
+
+    def restart_gateway(self) -> None:
+        """In good order: one that was killed is waited for half a minute when the next one makes a bucket."""
+        self.processes.stop(f"rgw-{self._starts}", 20)
+        self.start_gateway()
 
     def pause_gateway(self) -> None:
         """SIGSTOP: connections are still accepted by the kernel, and nothing is ever answered."""

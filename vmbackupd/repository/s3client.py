@@ -18,6 +18,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -233,8 +234,15 @@ class S3Client:
             return StorageError(f"{at}: no credentials: set credentials_file or profile in [repository.s3]")
         if isinstance(reason, exceptions.SSLError):
             return StorageError(f"{at}: {reason}")
-        # ResponseParserError: something between us and the store answered instead of it
-        network = (exceptions.HTTPClientError, exceptions.IncompleteReadError, ResponseParserError, HTTPError, OSError)
+        network = (
+            exceptions.HTTPClientError,
+            exceptions.ConnectionError,
+            exceptions.IncompleteReadError,
+            ResponseParserError,  # something between us and the store answered instead of it
+            HTTPError,
+            HTTPException,
+            OSError,
+        )
         if isinstance(reason, network):
             return StorageUnanswered(f"{at}: {reason}")
         if isinstance(reason, exceptions.BotoCoreError):
@@ -301,12 +309,8 @@ class S3Client:
             stream, size = fields["Body"], int(fields["ContentLength"])
             if "Range" in more and not str(fields.get("ContentRange", "")).startswith(f"bytes {offset}-"):
                 raise StorageError(f"{self.place}: {what}: the store ignores ranges")
-            deadline = self.deadline(size)
             try:
-                while block := stream.read(BLOCK):
-                    received.append(block)
-                    if time.monotonic() > deadline:
-                        raise TimeoutError("the store sends the data too slowly")
+                _receive(stream, received, self.deadline(size))
             finally:
                 stream.close()
             if sum(map(len, received)) != size:
@@ -338,6 +342,20 @@ class S3Client:
             if not fields.get("IsTruncated"):
                 return
             more = {"KeyMarker": fields["NextKeyMarker"], "VersionIdMarker": fields.get("NextVersionIdMarker", "")}
+
+
+def _receive(stream: Any, received: list[bytes], deadline: float) -> None:
+    """Read an answer's body as it comes in. ``read`` of boto3 waits until all it was asked for is there, so that a
+    store that sends a byte now and then would hold it for ever; ``read1`` of the connection below does not."""
+    raw = getattr(stream, "_raw_stream", None)
+    below = getattr(raw, "_fp", None)
+    read = getattr(below, "read1", None) or stream.read
+    while block := read(BLOCK):
+        received.append(block)
+        if time.monotonic() > deadline:
+            raise TimeoutError("the store sends the data too slowly")
+    if raw is not None and below is not None:
+        raw.read()  # nothing is left: the connection goes back to the others
 
 
 def _make_client(options: S3Options) -> Any:

@@ -75,7 +75,7 @@ def test_two_hosts_share_their_chunks(place: Store) -> None:
         changed = bytearray(image)
         changed[: 3 * CHUNK] = random.Random(3).randbytes(3 * CHUNK)
         _, second = back_up(two, "two", bytes(changed))
-        assert second < first / 10
+        assert second < first / 5
         assert restored(one, "two") == bytes(changed)
         assert restored(two, "one") == image
 
