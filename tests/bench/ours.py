@@ -17,10 +17,13 @@ from pathlib import Path
 
 from tests.bench.measure import CHUNK
 from tests.bench.sources import fill_from_file, fill_from_nbd
+from vmbackupd.engine.fileout import write_file
 from vmbackupd.engine.image import ImageSink
+from vmbackupd.engine.progress import Progress
 from vmbackupd.model import Consistency, Method, RevertMode, VolumeKind, VolumeRecord
 from vmbackupd.repository import LocalStorage, Manifest, Repository, RepositoryWriter, VmIdentity
 from vmbackupd.repository.keys import KeyFile
+from vmbackupd.repository.verify import verify as verify_repository
 
 TRACKED_SIZE = 2**40
 TRACKED_USED = 10 * 2**30
@@ -108,16 +111,17 @@ def restore(args: argparse.Namespace) -> int:
     with Repository.open(LocalStorage(args.repository)) as repository:
         tree, size = latest(repository)
         image = repository.image(tree)
-        with args.image.open("wb") as file:
-            file.truncate(size)
-            for offset, length in image.extents():
-                for at in range(offset, offset + length, 4 * 2**20):
-                    os.pwrite(file.fileno(), image.read(at, min(4 * 2**20, offset + length - at)), at)
+        with args.image.open("w+b") as file:
+            write_file(image, file.fileno(), Progress(), label=str(args.image))
         return image.data_bytes()
 
 
 def verify(args: argparse.Namespace) -> int:
-    raise NotImplementedError("verify is not part of the project yet")
+    with Repository.open(LocalStorage(args.repository)) as repository:
+        report = verify_repository(repository, data=True)
+        assert report.sound
+        tree, _ = latest(repository)
+        return repository.image(tree).data_bytes()
 
 
 def parallel(args: argparse.Namespace) -> int:

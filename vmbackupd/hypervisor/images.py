@@ -53,6 +53,31 @@ async def image_info(path: str, format: str) -> ImageInfo:
         raise HypervisorError(f"qemu-img info {path}: answer not understood: {error}") from error
 
 
+async def qcow2_obstacle(path: str, size: int) -> str | None:
+    """Why the content of a qcow2 image cannot simply be written over, a sentence without its subject; None if it can.
+
+    An image of another size, or with snapshots, a backing file or a data file of its own is more than its content. What
+    is no sound qcow2 image at all is told in the same way.
+    """
+    try:
+        data = json.loads(await _qemu_img("info", "--output=json", "-U", "-f", "qcow2", path))
+        details = data.get("format-specific", {}).get("data", {})
+        found = int(data["virtual-size"])
+        if data.get("full-backing-filename") or data.get("backing-filename"):
+            return "has a backing file"
+        if data.get("snapshots"):
+            return "has internal snapshots"
+        if "data-file" in details or data.get("encrypted") or details.get("bitmaps"):
+            return "has a data file, encryption or bitmaps of its own"
+        if details.get("corrupt") or data.get("dirty-flag"):
+            return "is marked as damaged"
+    except HypervisorError as error:
+        return f"is no image that can be opened ({error})"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"cannot be examined (qemu-img info: {error})"
+    return None if found == size else f"holds {found} bytes, the volume {size}"
+
+
 async def image_chain(path: str, format: str) -> list[ImageInfo]:
     """The image and its backing files, top first.
 

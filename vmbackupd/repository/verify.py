@@ -195,20 +195,34 @@ class _Verification:
             images = {tree: size for manifest in manifests for _, tree, size in _trees(manifest)}
             self.progress.bytes_total += sum(images.values())
         damage, checker = self._damage(manifests, self._checker(packs, counts=not self.report.data))
-        damaged_indexes = [str(file.label) for file in self.repository.catalog.current.files if file.damaged]
-        if damaged_indexes:
-            # a block of an index that is damaged counts as empty: what it told is in the packs
-            self.report.damaged_indexes += damaged_indexes
+        self._note_indexes()
+        while damage:
+            # A damaged block of an index counts as empty, and gc may have moved what was there: believed is only what
+            # is still so with all that can be known now.
+            index, before = self.repository.catalog.current, packs
             self.repository.rebuild_index()
+            packs = self.repository.catalog.list_packs()
+            if self.repository.catalog.current is index and packs == before:
+                break
+            manifests = [manifest for manifest in manifests if self._still_there(manifest.id)]
             damage, checker = self._damage(manifests, self._checker(packs))
-        self.report.damaged_indexes += sorted(self.repository.catalog.damaged)
+            self._note_indexes()
+        if self.report.damaged_indexes:
+            self.repository.rebuild_index()
+        self.report.damaged_indexes = sorted({*self.report.damaged_indexes, *self.repository.catalog.damaged})
         self.report.nodes, self.report.chunks = checker.nodes, checker.chunks
-        gone = {backup for backup in {item.backup for item in damage} if not self._still_there(backup)}
-        self.report.damage = [item for item in damage if item.backup not in gone]
-        for item in self.report.damage:
+        self.report.damage = damage
+        for item in damage:
             if item.pack is not None:
                 there = bytes.fromhex(item.pack) in packs
                 self.report.damaged_packs.setdefault(item.pack, item.reason if there else MISSING)
+        for pack in [pack for pack, why in self.report.damaged_packs.items() if why != MISSING]:
+            if bytes.fromhex(pack) not in packs:
+                del self.report.damaged_packs[pack]  # gc has removed it
+
+    def _note_indexes(self) -> None:
+        found = [str(file.label) for file in self.repository.catalog.current.files if file.damaged]
+        self.report.damaged_indexes += [name for name in found if name not in self.report.damaged_indexes]
 
     @staticmethod
     def _damage(manifests: list[Manifest], checker: TreeChecker) -> tuple[list[Damage], TreeChecker]:

@@ -18,7 +18,8 @@ def choose_writing(record: VolumeRecord, target: Target, found: Found, force: bo
 
     A raw file that is there is written in place, as a device is: it may be preallocated or lie where its owner wants
     it. A qcow2 file is replaced, since its own snapshots, backing file and size would survive writing into it.
-    ``in_place`` says that data is expected there: it needs no ``force`` to be written over chunk by chunk.
+    ``in_place`` says that data is expected there: it needs no ``force`` to be written over chunk by chunk. A qcow2 file
+    that is nothing but its content (it has a size then) is written in place if that is asked for.
     """
     volume = f"volume {record.id}"
     problems += [f"{volume}: {target} is in use: {user}; free it or name another target (--force does not change this)"
@@ -30,8 +31,6 @@ def choose_writing(record: VolumeRecord, target: Target, found: Found, force: bo
                         " overwrite it with --force")
     if found.size is not None:
         _compare_sizes(record, target, found.size, notes, problems)
-    if in_place and writing is Writing.REPLACE:
-        notes.append(f"{volume}: {target} is replaced as a whole: only raw files and devices are written in place")
     return writing
 
 

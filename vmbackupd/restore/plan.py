@@ -26,7 +26,8 @@ class Writing(StrEnum):
     """How a target comes to hold its volume.
 
     ``CREATE`` and ``REPLACE`` write a new file beside the final name and rename it when the whole restore has
-    succeeded; ``IN_PLACE`` writes over a device, a LUN or an existing raw file.
+    succeeded; ``IN_PLACE`` writes over a device, a LUN, an existing raw file or, where that was asked for, the content
+    of an existing qcow2 file.
     """
 
     CREATE = "create"

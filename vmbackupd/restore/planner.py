@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import uuid as uuid_module
 from collections.abc import Mapping
@@ -10,12 +11,13 @@ from dataclasses import dataclass
 
 from vmbackupd.errors import InvalidArgument, NotFound, RepositoryCorrupt
 from vmbackupd.hypervisor.base import Hypervisor
+from vmbackupd.hypervisor.images import qcow2_obstacle
 from vmbackupd.job.options import RestoreOptions
 from vmbackupd.model import RevertMode, VolumeRecord
 from vmbackupd.repository import Repository
 from vmbackupd.repository.manifest import Manifest
 from vmbackupd.restore import blobs
-from vmbackupd.restore.address import Target
+from vmbackupd.restore.address import Target, TargetKind
 from vmbackupd.restore.assign import assign_targets
 from vmbackupd.restore.check import choose_writing, path_problems, space_note
 from vmbackupd.restore.disks import PlacedVolume
@@ -102,7 +104,13 @@ async def _plan_volume(manifest: Manifest, record: VolumeRecord, target: Target,
     try:
         found = await look(target, storage_daemon)
         users = target_users(target, found, uses, manifest, running)
-        found = Found(found.content, found.size, found.what, found.identity, found.users + tuple(users))
+        found = dataclasses.replace(found, users=found.users + tuple(users))
+        if request.in_place and target.kind is TargetKind.QCOW2 and found.content is Content.DATA:
+            obstacle = await qcow2_obstacle(target.file, record.size)
+            if obstacle is None:
+                found = dataclasses.replace(found, size=record.size)
+            else:
+                findings.notes.append(f"volume {record.id}: {target} is replaced, not written in place: it {obstacle}")
     except CannotLook as reason:
         findings.problems.append(f"volume {record.id}: {target} cannot be a target: {reason}")
         found = Found(Content.ABSENT)

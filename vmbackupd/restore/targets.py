@@ -12,6 +12,7 @@ from vmbackupd.engine.nbd import NbdConnection
 from vmbackupd.errors import BackupError, TargetRefused
 from vmbackupd.host.imagelocks import lock_users
 from vmbackupd.host.newfile import NewFile, OnEffect, sync
+from vmbackupd.hypervisor.images import qcow2_obstacle
 from vmbackupd.hypervisor.storage_daemon import create_qcow2
 from vmbackupd.restore.address import TargetKind
 from vmbackupd.restore.look import StorageDaemonFactory, image_spec
@@ -46,6 +47,10 @@ class OpenTarget:
         try:
             if self._new is None:
                 await asyncio.to_thread(self._claim)
+                if self.plan.target.kind is TargetKind.QCOW2:
+                    obstacle = await qcow2_obstacle(self.plan.target.file, self.plan.size)
+                    if obstacle is not None:
+                        raise TargetRefused(f"it {obstacle}")
             else:
                 await self._create(self._new)
             if self._direct:
@@ -90,12 +95,14 @@ class OpenTarget:
                     raise TargetRefused("it is in use") from error
                 raise
             self._stack.callback(os.close, fd)
-        elif target.kind is TargetKind.RAW:
+        elif target.is_file:
             fd = os.open(target.file, os.O_RDWR | os.O_CLOEXEC)
             try:
                 if users := lock_users(fd):
                     raise TargetRefused(users[0])
-                # A file takes the volume's exact size: the guest must not see the rest of what was there.
+                if target.kind is TargetKind.QCOW2:
+                    return
+                # A raw file takes the volume's exact size: the guest must not see the rest of what was there.
                 if os.fstat(fd).st_size > self.plan.size:
                     os.ftruncate(fd, self.plan.size)
             finally:

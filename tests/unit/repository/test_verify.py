@@ -7,7 +7,7 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ from tests.unit.repository.repository_support import (
 )
 from vmbackupd.engine.progress import Progress
 from vmbackupd.errors import Cancelled, InvalidArgument, NotFound, RepositoryCorrupt, StorageError
-from vmbackupd.repository import LocalStorage, Repository
+from vmbackupd.repository import LocalStorage, ObjectInfo, Repository
 from vmbackupd.repository.verify import VerifyReport, verify
 
 IMAGES = {"vda": 700, "vdb": 300}  # chunks
@@ -106,7 +106,7 @@ def chunks_in(report: VerifyReport) -> set[tuple[str, str, int]]:
 
 @pytest.mark.parametrize("data", [False, True])
 def test_a_sound_repository(path: Path, data: bool) -> None:
-    progress = Progress()
+    progress, before = Progress(), objects(path)
     with reopen(path) as repository:
         report = verify(repository, data=data, progress=progress)
         assert report.sound and report.as_dict()["sound"] is True
@@ -129,9 +129,7 @@ def test_a_sound_repository(path: Path, data: bool) -> None:
             )
         # what trees share is looked at once
         assert report.chunks < 2 * 1000
-    assert objects(path).keys() == {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {
-        "repository.json"
-    }
+    assert objects(path) == before
 
 
 @pytest.mark.parametrize("descriptors", [True, False])
@@ -380,3 +378,50 @@ def test_packs_and_backups_that_go_meanwhile_are_no_damage(path: Path, condemned
     with opened(storage) as repository:
         report = verify(repository, data=True)
     assert report.damage == [] and report.condemned == [] and condemned == []
+
+
+def test_what_gc_moves_meanwhile_is_no_damage(path: Path, condemned: list[bytes]) -> None:
+    """Everything is in new packs, and the old ones are gone, when the listing of packs has just been made."""
+    old = {name for name in objects(path) if name.startswith(("packs", "indexes"))}
+    moved = path.with_name("moved")
+    shutil.copytree(path, moved)
+    for name in old:
+        if name.startswith("indexes"):
+            (moved / name).unlink()
+    with reopen(path) as repository:
+        images = {
+            f"{backup} {item.id}": repository.image(item.tree or "").read(0, item.size)
+            for backup in ("backup-0", "backup-1")
+            for item in repository.manifest(backup).volumes
+        }
+    for name in {name for name in objects(moved) if name.startswith("packs")}:
+        (moved / name).unlink()
+    with reopen(moved) as repository, repository.writer() as writer:
+        for image in images.values():
+            sink = writer.image(len(image))
+            sink.write(0, image)
+            sink.finish()
+        writer.publish(manifest("all", config={"domain.xml": writer.blob(b"<domain/>" * 100)}))
+    storage = FaultyStorage(LocalStorage(path), descriptors=False)
+    listings = 0
+
+    def listed(prefix: str) -> Iterator[ObjectInfo]:
+        nonlocal listings
+        found = list(storage.storage.list(prefix))
+        if prefix == "packs/":
+            listings += 1
+        if listings == 2:  # the first was that of rebuilding indexes
+            listings += 1
+            for name in old:
+                (path / name).unlink()
+            for name in objects(moved):
+                if name.startswith(("packs", "indexes")):
+                    (path / name).parent.mkdir(exist_ok=True)
+                    shutil.copy(moved / name, path / name)
+        yield from found
+
+    storage.list = listed  # type: ignore[method-assign]
+    with opened(storage) as repository:
+        report = verify(repository)
+    assert listings > 3
+    assert report.damage == [] and report.damaged_packs == {} and condemned == []

@@ -60,8 +60,9 @@ def test_in_place_expects_data(target: Target) -> None:
 
 def test_in_place_replaces_nothing_as_a_whole_without_force() -> None:
     found = Found(Content.DATA, what="an image")
-    writing, notes, problems = choose(QCOW2, found, in_place=True)
-    assert writing is Writing.REPLACE and len(problems) == 1 and "as a whole" in notes[0]
+    writing, _, problems = choose(QCOW2, found, in_place=True)
+    assert writing is Writing.REPLACE and len(problems) == 1
+    assert choose(QCOW2, Found(Content.DATA, SIZE, "an image"), in_place=True) == (Writing.IN_PLACE, [], [])
     assert choose(QCOW2, Found(Content.ABSENT), in_place=True) == (Writing.CREATE, [], [])
 
 

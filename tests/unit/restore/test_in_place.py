@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 from collections.abc import Awaitable, Callable
 from contextlib import closing
 from pathlib import Path
@@ -144,6 +145,48 @@ def test_a_longer_file_is_cut(tmp_path: Path) -> None:
             file.write(b"the rest of something" * 1000)
         assert await restore(kit, {"vda": str(target)}) == {"vda": 0}
         assert same(target, kit.expected("vda"))
+
+    run(tmp_path, test)
+
+
+def qemu(*words: str) -> None:
+    subprocess.run([words[0], *words[1:]], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_only_differences_are_written_to_a_qcow2_file(tmp_path: Path) -> None:
+    target = tmp_path / "vda.qcow2"
+
+    async def test(kit: Kit) -> None:
+        await restore(kit, {"vda": str(target)})
+        inode = target.stat().st_ino
+        qemu("qemu-io", "-f", "qcow2", "-c", f"write -P 7 {5 * CHUNK} 512", str(target))
+        assert await restore(kit, {"vda": str(target)}) == {"vda": CHUNK}
+        assert await restore(kit, {"vda": str(target)}) == {"vda": 0}
+        assert same(target, kit.expected("vda"), ("qcow2", "raw"))
+        assert target.stat().st_ino == inode
+        qemu("qemu-img", "check", "-q", str(target))
+
+    run(tmp_path, test)
+
+
+def test_a_qcow2_file_that_is_more_than_its_content_is_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "vda.qcow2"
+
+    async def test(kit: Kit) -> None:
+        await restore(kit, {"vda": str(target)})
+        for words in (
+            ["qemu-img", "snapshot", "-c", "one", str(target)],
+            ["qemu-img", "resize", "-q", str(target), "+1M"],
+            ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(kit.expected("vda")), "-F", "raw", str(target)],
+        ):
+            qemu(*words)
+            with pytest.raises(TargetRefused, match="not empty"):
+                await restore(kit, {"vda": str(target)})
+            assert (await restore(kit, {"vda": str(target)}, force=True))["vda"] > 0
+            assert same(target, kit.expected("vda"), ("qcow2", "raw"))
+        target.write_bytes(b"no image at all" * 1000)
+        with pytest.raises(TargetRefused, match="not empty"):
+            await restore(kit, {"vda": str(target)})
 
     run(tmp_path, test)
 
