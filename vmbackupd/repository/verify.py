@@ -17,8 +17,9 @@ from pathlib import Path
 
 from vmbackupd.engine.progress import Progress
 from vmbackupd.engine.verify import PackVerifier, TreeChecker
-from vmbackupd.errors import InvalidArgument, NotFound, RepositoryCorrupt, StorageError
+from vmbackupd.errors import InvalidArgument, NotFound, RepositoryCorrupt, RepositoryFull, StorageError
 from vmbackupd.repository.catalog import PackStorage, object_id
+from vmbackupd.repository.condemned import packs_in
 from vmbackupd.repository.manifest import Manifest
 from vmbackupd.repository.repository import Repository
 from vmbackupd.typed import get_int, get_object, get_str, parse_object
@@ -59,7 +60,8 @@ class Damage:
 class VerifyReport:
     """What a verification found. Sizes in bytes; ``damaged_packs`` from id to what is wrong, ``unreadable`` from backup
     to what is wrong with its manifest. A damaged pack without ``damage`` holds nothing that a verified backup needs, or
-    nothing that another pack does not hold as well.
+    nothing that another pack does not hold as well. ``condemned`` are the damaged packs that later backups do not rely
+    on; ``not_condemned`` tells why there are none where the repository cannot be written.
     """
 
     data: bool
@@ -73,6 +75,7 @@ class VerifyReport:
     unreadable: dict[str, str] = field(default_factory=dict)
     damage: list[Damage] = field(default_factory=list)
     condemned: list[str] = field(default_factory=list)
+    not_condemned: str | None = None
     resumed: bool = False
 
     @property
@@ -95,6 +98,7 @@ class VerifyReport:
             "unreadable": self.unreadable,
             "damage": [item.as_dict() for item in self.damage],
             "condemned": self.condemned,
+            "not_condemned": self.not_condemned,
             "resumed": self.resumed,
         }
 
@@ -289,10 +293,19 @@ class _Verification:
         self.suspect = {bytes.fromhex(pack) for pack in report.damaged_packs}
 
     def _condemn(self) -> None:
-        damaged = [bytes.fromhex(pack) for pack, why in sorted(self.report.damaged_packs.items()) if why != MISSING]
-        if damaged:
-            self.repository.condemn(damaged, reason="damaged")
-            self.report.condemned = [pack_id.hex() for pack_id in damaged]
+        """From now on writers store again what damaged packs hold; gc removes them when nothing is left in them."""
+        damaged = {bytes.fromhex(pack) for pack, why in self.report.damaged_packs.items() if why != MISSING}
+        if not damaged:
+            return
+        try:
+            new = damaged - packs_in(self.repository.verdicts.listed(lenient=True))
+            if new:
+                self.repository.condemn(new, reason="damaged")
+        except (StorageError, RepositoryFull) as reason:  # a repository that is mounted read-only
+            self.report.not_condemned = str(reason)
+            log.warning("%s: damaged packs are not condemned: %s", self.repository.storage.place, reason)
+            return
+        self.report.condemned = sorted(pack_id.hex() for pack_id in damaged)
 
 
 def _trees(manifest: Manifest) -> Iterator[tuple[str, str, int]]:

@@ -26,6 +26,7 @@ from tests.unit.repository.repository_support import (
 from vmbackupd.engine.progress import Progress
 from vmbackupd.errors import Cancelled, InvalidArgument, NotFound, RepositoryCorrupt, StorageError
 from vmbackupd.repository import LocalStorage, ObjectInfo, Repository
+from vmbackupd.repository.condemned import packs_in
 from vmbackupd.repository.verify import VerifyReport, verify
 
 IMAGES = {"vda": 700, "vdb": 300}  # chunks
@@ -67,6 +68,12 @@ def path(tmp_path: Path, sound: Path) -> Path:
 
 def opened(storage: FaultyStorage) -> Repository:
     return Repository.open(storage, keys=keys_of(storage))
+
+
+def condemned(path: Path) -> set[str]:
+    """The packs that later backups do not rely on."""
+    with reopen(path) as repository:
+        return {pack.hex() for pack in packs_in(repository.verdicts.listed())}
 
 
 def packs_of(path: Path) -> list[Path]:
@@ -134,7 +141,7 @@ def test_a_sound_repository(path: Path, data: bool) -> None:
 
 @pytest.mark.parametrize("descriptors", [True, False])
 @pytest.mark.parametrize("seed", range(10))
-def test_damage_is_told_exactly(path: Path, seed: int, descriptors: bool, condemned: list[bytes]) -> None:
+def test_damage_is_told_exactly(path: Path, seed: int, descriptors: bool) -> None:
     """Whatever happened to the packs: the ranges that are told are those that cannot be read."""
     rng = random.Random(seed)
     victims = rng.sample(packs_of(path), rng.randrange(1, 4))
@@ -155,26 +162,13 @@ def test_damage_is_told_exactly(path: Path, seed: int, descriptors: bool, condem
         report = verify(repository, data=True)
         assert chunks_in(report) == unreadable(repository)
     assert {pack for pack in report.damaged_packs if pack not in gone} == {victim.name for victim in victims} - gone
-    assert {pack.hex() for pack in condemned} == set(report.condemned) == {victim.name for victim in victims} - gone
+    assert condemned(path) == set(report.condemned) == {victim.name for victim in victims} - gone
     assert not report.sound
     text = str(report.as_dict())
     assert all(victim.name in text for victim in victims if victim.name not in gone)
 
 
-@pytest.fixture
-def condemned(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """The packs that were condemned."""
-    found: list[bytes] = []
-
-    def condemn(_: Repository, packs: list[bytes], *, reason: str) -> None:
-        assert reason == "damaged"
-        found.extend(packs)
-
-    monkeypatch.setattr(Repository, "condemn", condemn, raising=False)
-    return found
-
-
-def test_the_structure_tells_of_packs_that_are_gone_or_short(path: Path, condemned: list[bytes]) -> None:
+def test_the_structure_tells_of_packs_that_are_gone_or_short(path: Path) -> None:
     first, second = packs_of_the_first(path)[:2]
     first.unlink()
     os.truncate(second, second.stat().st_size // 2)
@@ -182,11 +176,11 @@ def test_the_structure_tells_of_packs_that_are_gone_or_short(path: Path, condemn
         report = verify(repository)
         assert chunks_in(report) == unreadable(repository)
     assert report.damaged_packs == {first.name: "missing", second.name: "the pack is truncated"}
-    assert [pack.hex() for pack in condemned] == [second.name]
+    assert condemned(path) == {second.name}
     assert {item.reason for item in report.damage} <= {"the pack is missing", "the pack is truncated"}
 
 
-def test_a_bit_that_flipped_is_found_in_the_data_only(path: Path, condemned: list[bytes]) -> None:
+def test_a_bit_that_flipped_is_found_in_the_data_only(path: Path) -> None:
     victim = packs_of_the_first(path)[0]
     data = bytearray(victim.read_bytes())
     data[200] ^= 1  # in the content of the first record: chunk 0 of vda
@@ -195,13 +189,13 @@ def test_a_bit_that_flipped_is_found_in_the_data_only(path: Path, condemned: lis
         assert verify(repository).sound
         report = verify(repository, data=True)
         assert chunks_in(report) == unreadable(repository)
-    assert condemned == [bytes.fromhex(victim.name)]
+    assert condemned(path) == {victim.name}
     assert "1 of its" in report.damaged_packs[victim.name]
     assert {item.backup for item in report.damage} == {"backup-0", "backup-1", "backup-2"}
     assert {item.pack for item in report.damage} == {victim.name}
 
 
-def test_what_another_pack_holds_is_no_damage(path: Path, condemned: list[bytes]) -> None:
+def test_what_another_pack_holds_is_no_damage(path: Path) -> None:
     """With no index the writer stores everything again: every record has a sound copy."""
     kept = {name: data for name, data in objects(path).items() if name.startswith("indexes")}
     old = packs_of(path)
@@ -231,10 +225,10 @@ def test_what_another_pack_holds_is_no_damage(path: Path, condemned: list[bytes]
     with reopen(path) as repository:
         report = verify(repository, data=True)
     assert report.damage == [] and set(report.damaged_packs) == {pack.name for pack in old}
-    assert {pack.hex() for pack in condemned} == set(report.damaged_packs)
+    assert condemned(path) == set(report.damaged_packs)
 
 
-def test_a_part_of_the_backups(path: Path, condemned: list[bytes]) -> None:
+def test_a_part_of_the_backups(path: Path) -> None:
     """Only packs that the named backups need are read."""
     with reopen(path) as repository:
         every = verify(repository, data=True)
@@ -270,7 +264,7 @@ def test_a_damaged_index_is_told_and_made_again(path: Path) -> None:
     assert not report.damage and not report.damaged_packs and not report.sound
 
 
-def test_a_verification_goes_on_where_it_was(tmp_path: Path, path: Path, condemned: list[bytes]) -> None:
+def test_a_verification_goes_on_where_it_was(tmp_path: Path, path: Path) -> None:
     state = tmp_path / "state"
     packs = packs_of(path)
     victims = [packs[0], packs[-1]]
@@ -294,7 +288,7 @@ def test_a_verification_goes_on_where_it_was(tmp_path: Path, path: Path, condemn
     with opened(storage) as repository:
         with pytest.raises(Cancelled):
             verify(repository, data=True, state=state, progress=progress)
-        assert state.exists() and not condemned
+        assert state.exists() and not condemned(path)
         asked.clear()
         again = Progress()
         report = verify(repository, data=True, state=state, progress=again)
@@ -309,16 +303,16 @@ def test_a_verification_goes_on_where_it_was(tmp_path: Path, path: Path, condemn
             assert not verify(repository, data=True, state=state).resumed
 
 
-def test_a_storage_that_fails_condemns_nothing(tmp_path: Path, path: Path, condemned: list[bytes]) -> None:
+def test_a_storage_that_fails_condemns_nothing(tmp_path: Path, path: Path) -> None:
     storage = FaultyStorage(LocalStorage(path), descriptors=False)
     with opened(storage) as repository:
         storage.always = ("get packs", StorageError("the network is down"))
         with pytest.raises(StorageError, match="the network is down"):
             verify(repository, data=True, state=tmp_path / "state")
-    assert condemned == []
+    assert condemned(path) == set()
 
 
-def test_a_bad_sector_is_damage(path: Path, condemned: list[bytes]) -> None:
+def test_a_bad_sector_is_damage(path: Path) -> None:
     """Reading it is EIO, as reading the unmapped first page of a process's memory is."""
     victim = packs_of(path)[0]
     storage = FaultyStorage(LocalStorage(path))
@@ -331,7 +325,7 @@ def test_a_bad_sector_is_damage(path: Path, condemned: list[bytes]) -> None:
     with opened(storage) as repository:
         report = verify(repository, data=True)
     assert "Input/output error" in report.damaged_packs[victim.name]
-    assert condemned == [bytes.fromhex(victim.name)]
+    assert condemned(path) == {victim.name}
 
 
 def test_the_rate_is_kept(path: Path) -> None:
@@ -358,7 +352,7 @@ def test_the_rate_is_kept(path: Path) -> None:
         assert caught == [Cancelled]
 
 
-def test_packs_and_backups_that_go_meanwhile_are_no_damage(path: Path, condemned: list[bytes]) -> None:
+def test_packs_and_backups_that_go_meanwhile_are_no_damage(path: Path) -> None:
     """They were forgotten, and gc was there."""
     storage = FaultyStorage(LocalStorage(path), descriptors=False)
     done = threading.Event()
@@ -377,10 +371,10 @@ def test_packs_and_backups_that_go_meanwhile_are_no_damage(path: Path, condemned
     storage.get = get  # type: ignore[method-assign]
     with opened(storage) as repository:
         report = verify(repository, data=True)
-    assert report.damage == [] and report.condemned == [] and condemned == []
+    assert report.damage == [] and report.condemned == [] and condemned(path) == set()
 
 
-def test_what_gc_moves_meanwhile_is_no_damage(path: Path, condemned: list[bytes]) -> None:
+def test_what_gc_moves_meanwhile_is_no_damage(path: Path) -> None:
     """Everything is in new packs, and the old ones are gone, when the listing of packs has just been made."""
     old = {name for name in objects(path) if name.startswith(("packs", "indexes"))}
     moved = path.with_name("moved")
@@ -396,7 +390,7 @@ def test_what_gc_moves_meanwhile_is_no_damage(path: Path, condemned: list[bytes]
         }
     for name in {name for name in objects(moved) if name.startswith("packs")}:
         (moved / name).unlink()
-    with reopen(moved) as repository, repository.writer() as writer:
+    with reopen(moved) as repository, repository.writer("all") as writer:
         for image in images.values():
             sink = writer.image(len(image))
             sink.write(0, image)
@@ -424,4 +418,49 @@ def test_what_gc_moves_meanwhile_is_no_damage(path: Path, condemned: list[bytes]
     with opened(storage) as repository:
         report = verify(repository)
     assert listings > 3
-    assert report.damage == [] and report.damaged_packs == {} and condemned == []
+    assert report.damage == [] and report.damaged_packs == {} and condemned(path) == set()
+
+
+def test_a_later_backup_heals(path: Path) -> None:
+    """What a condemned pack held is stored again by the next backup that meets it; gc then removes the pack."""
+    with reopen(path) as repository:
+        images = {
+            item.id: repository.image(item.tree or "").read(0, item.size)
+            for item in repository.manifest("backup-2").volumes
+        }
+    for victim in packs_of(path):
+        data = bytearray(victim.read_bytes())
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+    with reopen(path) as repository:
+        assert verify(repository, data=True).damage
+        with repository.writer("heals") as writer:
+            volumes = []
+            for name, image in images.items():
+                sink = writer.image(len(image))
+                sink.write(0, image)
+                volumes.append(volume(name, sink.finish(), len(image)))
+            blob = writer.blob(b"<domain/>" * 100)
+            writer.publish(manifest("heals", *volumes, config={"domain.xml": blob}))
+        report = verify(repository, data=True)
+        assert {item.backup for item in report.damage} <= {"backup-0"}  # what only it had is lost
+        assert len(repository.verdicts.listed()) == 1  # nothing is condemned twice
+        for backup in ("backup-1", "backup-2"):
+            for item in repository.manifest(backup).volumes:
+                assert repository.image(item.tree or "").read(0, item.size) == images[item.id]
+        repository.forget(["backup-0"])
+        repository.gc()
+        after = verify(repository, data=True)
+        assert after.sound and set(after.backups) == {"backup-1", "backup-2", "heals"}
+
+
+def test_a_repository_that_cannot_be_written(path: Path) -> None:
+    victim = packs_of_the_first(path)[0]
+    data = bytearray(victim.read_bytes())
+    data[200] ^= 1
+    victim.write_bytes(data)
+    storage = FaultyStorage(LocalStorage(path))
+    with opened(storage) as repository:
+        storage.always = ("put", StorageError("read-only file system"))
+        report = verify(repository, data=True)
+    assert report.damage and report.condemned == [] and report.not_condemned == "read-only file system"
