@@ -101,9 +101,11 @@ def sparse_file(path: Path, data: bytes) -> Path:
     return path
 
 
-def stored(directory: Path, image: bytes, *, chunk: int = CHUNK, backup: str = "web1-1") -> tuple[Repository, Manifest]:
+def stored(
+    directory: Path, image: bytes, *, chunk: int = CHUNK, backup: str = "web1-1", encrypted: bool = False
+) -> tuple[Repository, Manifest]:
     """A repository with one backup of one volume, ``vda``."""
-    repository = make(directory / "repository", chunk_size=chunk, fanout=16)
+    repository = make(directory / "repository", chunk_size=chunk, fanout=16, encrypted=encrypted)
     with repository.writer(backup) as writer:
         sink = writer.image(len(image))
         sink.write(0, image)

@@ -100,6 +100,15 @@ def test_other_tools_read_what_was_stored(
         assert info["format-specific"]["data"]["compression-type"] == (compression or "zlib")
 
 
+def test_an_encrypted_repository_is_exported_from(tmp_path: Path, out: Path) -> None:
+    image = disk_image(random.Random(15), 4 << 20)
+    original = sparse_file(tmp_path / "original.raw", image)
+    repository, manifest = stored(tmp_path, image, encrypted=True)
+    with repository:
+        export(tmp_path, repository, manifest, ExportTarget(str(out / "vda"), "qcow2"))
+    tool("qemu-img", "compare", "-f", "raw", "-F", "qcow2", original, out / "vda")
+
+
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
 def test_a_volume_that_is_reverted_at_restore_time_is_exported_as_of_t1(tmp_path: Path, out: Path, format: str) -> None:
     repository, manifest, expected = stored_at_t2(tmp_path, random.Random(7), 8 << 20)
