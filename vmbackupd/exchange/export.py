@@ -8,23 +8,23 @@ import os
 import stat
 import time
 from collections.abc import Callable
-from contextlib import AsyncExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
 
 from vmbackupd.engine.copyloop import copy_out
+from vmbackupd.engine.fileout import write_file
 from vmbackupd.engine.image import ImageSource
 from vmbackupd.engine.nbd import NbdConnection
 from vmbackupd.engine.padded import PaddedSource
 from vmbackupd.engine.progress import Progress
 from vmbackupd.engine.sink import ChunkSource
-from vmbackupd.errors import BackupError, InvalidArgument, TargetError, TargetRefused
+from vmbackupd.errors import BackupError, HypervisorError, InvalidArgument, TargetError, TargetRefused
 from vmbackupd.exchange.observer import Observer, in_thread
 from vmbackupd.exchange.volumes import find_volume
 from vmbackupd.host.imagelocks import lock_users
 from vmbackupd.host.newfile import NewFile, OnEffect, sync
 from vmbackupd.hypervisor.images import check_image, shrink_image
 from vmbackupd.hypervisor.storage_daemon import ImageSpec, NbdExport, StorageDaemon, create_qcow2
-from vmbackupd.model import VolumeRecord
 from vmbackupd.repository import Repository
 from vmbackupd.repository.manifest import Manifest
 from vmbackupd.repository.t1 import t1_image
@@ -85,16 +85,11 @@ async def export_volume(
     image = await asyncio.to_thread(t1_image, repository, manifest, record)
     await asyncio.to_thread(_check_space, image, target)
     file = NewFile(target.path, target.replace, on_effect)
-    size = -(-record.size // SECTOR) * SECTOR
-    # Compressed data is written in whole clusters, and a chunk is what we write at least.
-    cluster = min(CLUSTER, image.chunk_size) if target.format == "qcow2" else SECTOR
-    whole = -(-size // cluster) * cluster if target.compression is not None else size
     try:
-        await _create(file, whole, cluster, target)
-        observer.step("write-image")
-        await _write(PaddedSource(image, whole), record, target, file, storage_daemon, observer)
-        if whole != size:
-            await shrink_image(file.part, target.format, size)
+        if target.format == "raw" and isinstance(image, ImageSource):
+            await _write_straight(image, target, file, observer)
+        else:
+            await _write_through_qemu(image, target, file, storage_daemon, observer)
         if target.format == "qcow2":
             observer.step("check-image")
             await check_image(file.part, target.format, CHECK)
@@ -104,8 +99,8 @@ async def export_volume(
         await asyncio.to_thread(file.rename)
     except BaseException as error:
         file.remove()
-        if isinstance(error, OSError):
-            raise TargetRefused(f"volume {volume} of backup {manifest.id} was not exported: {error}") from error
+        if isinstance(error, (OSError, BackupError)):
+            raise _told(error, f"volume {volume} was not exported to {target.path}", target) from error
         raise
     file.keep()
     return {
@@ -170,6 +165,53 @@ def _free(path: str) -> int:
 # ---- meanwhile
 
 
+async def _write_straight(image: ImageSource, target: ExportTarget, file: NewFile, observer: Observer) -> None:
+    """Write a raw file ourselves: several threads read, decompress and write, and QEMU would add nothing."""
+    fd = await asyncio.to_thread(file.reserve)
+    try:
+        observer.step("write-image")
+        progress = Progress(image.size)
+        await in_thread(
+            lambda: write_file(image, fd, progress, label=target.path),
+            progress,
+            lambda: observer.progress(progress.bytes_done, image.size),
+        )
+        os.ftruncate(fd, _whole(image.size, SECTOR))
+    finally:
+        os.close(fd)
+
+
+async def _write_through_qemu(
+    image: ChunkSource,
+    target: ExportTarget,
+    file: NewFile,
+    storage_daemon: Callable[[], StorageDaemon],
+    observer: Observer,
+) -> None:
+    """Write whatever format QEMU knows: it opens the new file in a process of its own and exports it over NBD."""
+    size = _whole(image.size, SECTOR)
+    # Compressed data is written in whole clusters, and a chunk is what we write at least.
+    cluster = min(CLUSTER, image.chunk_size) if target.format == "qcow2" else SECTOR
+    written = _whole(size, cluster) if target.compression is not None else size
+    await _create(file, written, cluster, target)
+    source = image if written == image.size else PaddedSource(image, written)
+    observer.step("write-image")
+    progress = Progress(written)
+
+    def copy(export: NbdExport) -> None:
+        with closing(NbdConnection(unix=export.socket, export=export.name)) as connection:
+            copy_out(source, connection, progress, target_is_zero=True)
+
+    async with storage_daemon() as daemon:
+        spec = ImageSpec(target.format, file.part, compress=target.compression is not None)
+        export = await daemon.export("export", spec, writable=True)
+        await in_thread(
+            lambda: copy(export), progress, lambda: observer.progress(min(progress.bytes_done, image.size), image.size)
+        )
+    if written != size:
+        await shrink_image(file.part, target.format, size)
+
+
 async def _create(file: NewFile, size: int, cluster: int, target: ExportTarget) -> None:
     """Make the file under its part name: the empty image."""
     fd = await asyncio.to_thread(file.reserve)
@@ -183,35 +225,16 @@ async def _create(file: NewFile, size: int, cluster: int, target: ExportTarget) 
         await create_qcow2(file.part, size, compression=target.compression or "zlib", cluster_size=cluster)
 
 
-async def _write(
-    image: ChunkSource,
-    record: VolumeRecord,
-    target: ExportTarget,
-    file: NewFile,
-    storage_daemon: Callable[[], StorageDaemon],
-    observer: Observer,
-) -> None:
-    progress = Progress(record.size)
-    spec = ImageSpec(target.format, file.part, compress=target.compression is not None)
+def _whole(size: int, block: int) -> int:
+    """``size``, rounded up to whole blocks."""
+    return -(-size // block) * block
 
-    def copy(export: NbdExport) -> None:
-        with closing(NbdConnection(unix=export.socket, export=export.name)) as connection:
-            copy_out(image, connection, progress, target_is_zero=True)
 
-    try:
-        async with AsyncExitStack() as stack:
-            daemon = await stack.enter_async_context(storage_daemon())
-            export = await daemon.export("export", spec, writable=True)
-            await in_thread(
-                lambda: copy(export),
-                progress,
-                lambda: observer.progress(min(progress.bytes_done, record.size), record.size),
-            )
-    except BackupError as error:
-        if isinstance(error, TargetError) and _free(target.path) < ALMOST_FULL:
-            raise TargetError(
-                f"volume {record.id} was not exported to {target.path}: its filesystem is full"
-                f" ({human(_free(target.path))} free); free some, or name another place ({error})"
-            ) from error
-        kind = type(error)
-        raise kind(f"volume {record.id} was not exported to {target.path}: {error}") from error
+def _told(error: OSError | BackupError, what: str, target: ExportTarget) -> BackupError:
+    """The error with what it means to a person. A full filesystem has many ways to show."""
+    kind: type[BackupError] = type(error) if isinstance(error, BackupError) else TargetRefused
+    free = _free(target.path)
+    if free < ALMOST_FULL and isinstance(error, (OSError, TargetError, HypervisorError)):
+        full = f"its filesystem is full ({human(free)} free); free some, or name another place"
+        return TargetError(f"{what}: {full} ({error})")
+    return kind(f"{what}: {error}")
