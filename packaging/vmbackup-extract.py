@@ -443,11 +443,10 @@ class Repository:
     def manifest(self, backup):
         """The manifest of a backup."""
         name = keyed_hash(self.name_key, backup.encode())[:16].hex() if self.encrypted else backup
-        if "/" in name or not (self.root / "manifests" / name).is_file():
+        there = "/" not in name and (self.root / "manifests" / name).is_file()
+        found = self.read_manifest(name) if there else None
+        if found is None:
             raise Failure(f"there is no backup {backup}: --list tells which there are")
-        found = self.read_manifest(name)
-        if found is None or found["id"] != backup:
-            raise Failure(f"the manifest of backup {backup} is that of another: an object was swapped")
         return found
 
     def read_manifest(self, name):
@@ -455,6 +454,9 @@ class Repository:
         what = f"manifest {name}"
         data = (self.root / "manifests" / name).read_bytes()
         if data[:8] == b"VMBKVOID":
+            mark = self._unseal(data, b"VMBKVOID", what)
+            if mark != keyed_hash(self.seal_key, f"manifests/{name}".encode()):
+                raise Failure(f"{what} is the mark of another backup: an object was swapped")
             return None
         fields = parse_json(self._unseal(data, b"VMBKMANI", what), what)
         if fields.get("version") != 1:

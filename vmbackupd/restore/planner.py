@@ -13,7 +13,7 @@ from vmbackupd.errors import InvalidArgument, NotFound, RepositoryCorrupt
 from vmbackupd.hypervisor.base import Hypervisor
 from vmbackupd.hypervisor.images import qcow2_obstacle
 from vmbackupd.job.options import RestoreOptions
-from vmbackupd.model import RevertMode, VolumeRecord
+from vmbackupd.model import Method, RevertMode, VolumeRecord
 from vmbackupd.repository import Repository
 from vmbackupd.repository.manifest import Manifest
 from vmbackupd.restore import blobs
@@ -60,7 +60,10 @@ async def make_plan(manifest: Manifest, request: RestoreOptions, *, repository: 
     files: tuple[BlobPlan, ...] = ()
     domain: DomainPlan | None = None
     attached: frozenset[str] = frozenset()
-    if hypervisor is not None:
+    imported = all(record.method is Method.IMPORT for record in manifest.volumes)
+    if imported and hypervisor is not None:
+        findings.notes.append(f"backup {manifest.id} holds imported images and no VM: nothing will be defined")
+    if hypervisor is not None and not imported:
         findings.problems += await _name_problems(hypervisor, name)
         domain, files = await _plan_domain(manifest, name, targets, request, repository, findings)
         attached = domain.attached

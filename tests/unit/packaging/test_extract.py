@@ -21,6 +21,7 @@ from tests.unit.repository.repository_support import FIXED_KEY, make, manifest, 
 from vmbackupd.engine.blake3 import keyed_hash
 from vmbackupd.repository import Repository
 from vmbackupd.repository.keys import KeyFile, Passphrase, RecoveryKey, new_recovery_key
+from vmbackupd.repository.settle import void
 
 SCRIPT = Path(__file__).parents[3] / "packaging" / "vmbackup-extract.py"
 SIZE = (6 << 20) + 512
@@ -139,6 +140,14 @@ def test_listing_and_showing(tmp_path: Path) -> None:
         assert shown == again.manifest("web1-1").to_json()
     run(tmp_path / "repository", "--blob", "web1-1", "domain.xml", tmp_path / "xml")
     assert (tmp_path / "xml").read_bytes() == b"<domain/>"
+
+
+def test_the_mark_of_a_writer_that_was_shut_out_is_no_backup(tmp_path: Path) -> None:
+    repository, _ = stored(tmp_path, b"x" * CHUNK)
+    with repository:
+        assert repository.storage.put_if_absent("manifests/web1-2", [void(repository.header, "web1-2")])
+    assert run(tmp_path / "repository", "--list").stdout.count("\n") == 1
+    assert "there is no backup web1-2" in run(tmp_path / "repository", "--show", "web1-2", status=1).stderr
 
 
 def test_mistakes_are_told_plainly(tmp_path: Path) -> None:

@@ -77,6 +77,28 @@ def test_names_no_domain_can_have_are_refused(tmp_path: Path, name: str) -> None
         plan(manifest(vda(T1)), directory=str(tmp_path), name=name)
 
 
+class NoDomains:
+    """A hypervisor that has none."""
+
+    async def domains(self) -> list[tuple[str, str, bool]]:
+        return []
+
+
+def test_imported_images_are_restored_without_a_domain(tmp_path: Path) -> None:
+    image = dataclasses.replace(vda(T1), method=Method.IMPORT)
+
+    def planned(**options: Any) -> RestorePlan:
+        request = RestoreOptions(directory=str(tmp_path), **options)
+        return asyncio.run(make_plan(manifest(image), request, repository=cast(Any, None),
+                                     hypervisor=cast(Any, NoDomains()), storage_daemon=cast(Any, None)))
+
+    made = planned()
+    assert made.domain is None and [volume.record.id for volume in made.volumes] == ["vda"]
+    assert any("no VM: nothing will be defined" in note for note in made.notes) and not made.problems
+    with pytest.raises(InvalidArgument, match="cannot start it"):
+        planned(start=True)
+
+
 def test_nothing_can_be_started_without_a_domain(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="cannot start"):
         plan(manifest(vda(T1)), directory=str(tmp_path), start=True)
