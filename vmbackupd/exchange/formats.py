@@ -16,6 +16,7 @@ from vmbackupd.errors import InvalidArgument
 
 HEAD = 64 * 1024  # bytes that are looked at
 DESCRIPTOR_LIMIT = 1024 * 1024  # bytes of a VMDK descriptor, which is a page of text
+FAR = 1 << 62  # bytes; beyond the end of any file, and the kernel can still be asked
 NAME_LIMIT = 1023  # bytes of a backing file's name, as QEMU has it
 
 #: format -> where its magic lies, and what that is: the format descriptions and QEMU's block/*.c
@@ -113,7 +114,7 @@ def _check_qcow2(path: str, fd: int, backing: bool) -> None:
     if version == 3 and field.unpack_from(head, at)[0] & _QCOW2_EXTERNAL_DATA:
         raise InvalidArgument(f"{path} keeps its data in another file: import a copy made with qemu-img convert")
     if offset and not backing:
-        name = os.pread(fd, min(length, NAME_LIMIT), offset).decode(errors="replace")
+        name = os.pread(fd, min(length, NAME_LIMIT), min(offset, FAR)).decode(errors="replace")
         raise InvalidArgument(
             f"{path} is an overlay of {name!r}: import a copy made with qemu-img convert, or allow"
             " backing files if that file, and what it may be based on, is what you expect"
@@ -128,6 +129,6 @@ def _check_vmdk(path: str, fd: int) -> None:
     if capacity == 0:
         raise InvalidArgument(f"{path} is a VMDK image that only names other files: import those")
     if offset:
-        text = os.pread(fd, min(length * 512, DESCRIPTOR_LIMIT), min(offset * 512, 1 << 62))
+        text = os.pread(fd, min(length * 512, DESCRIPTOR_LIMIT), min(offset * 512, FAR))
         if _VMDK_PARENT.search(text):
             raise InvalidArgument(f"{path} is based on another VMDK image: import a copy made with qemu-img convert")

@@ -8,6 +8,7 @@ wait for the rest.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import grp
 import logging
@@ -30,6 +31,7 @@ from vmbackupd.host.process import Child, CommandFailed
 from vmbackupd.repository import Manifest, Repository
 
 START = 60.0  # seconds; a large repository's indexes are opened meanwhile
+LAST_WORDS = 5.0  # seconds that a server which is ending may take
 ANSWER = 64 * 1024  # bytes of what a server has to say when it cannot start
 THREADS = 16  # requests of one connection at once
 SOCKET_PATH_LIMIT = 107  # sun_path without its NUL
@@ -157,17 +159,20 @@ class VolumeServer:
             async with asyncio.timeout(START):
                 await loop.sock_sendall(self._line, hand_over(self._request))
                 answer = await loop.sock_recv(self._line, ANSWER)
-        except (OSError, TimeoutError) as error:
-            answer = (str(error) or f"no answer within {START:g} s").encode()
+        except TimeoutError:
+            answer = f"no answer within {START:g} s".encode()
+        except OSError:
+            answer = b""  # it is gone
         if answer == nbdkit_plugin.READY:
             return
-        if not answer:
-            try:
-                await self._child.wait(1)  # for its last words
-            except TimeoutError:
-                pass
-        reason = answer.decode(errors="replace") or self._child.stderr or "it ended without a word"
+        reason = answer.decode(errors="replace") or await self._last_words()
         raise ServeFailed(f"the server of {self.path} did not start: {reason}")
+
+    async def _last_words(self) -> str:
+        assert self._child is not None
+        with contextlib.suppress(TimeoutError):
+            await self._child.wait(LAST_WORDS)
+        return self._child.stderr or "it ended without a word"
 
     def _publish(self) -> None:
         """Give the socket its permissions, then its name: never replacing what has come up there meanwhile."""

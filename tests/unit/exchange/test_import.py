@@ -242,6 +242,9 @@ def test_images_that_lead_elsewhere_are_refused(tmp_path: Path, repository: Repo
     old = tmp_path / "old.qcow2"
     old.write_bytes(struct.pack(">4sI", b"QFI\xfb", 1) + bytes(4096))
     refused(tmp_path, repository, ImageFile(str(old)), "version 1, expected 2 or 3")
+    far = tmp_path / "far.qcow2"
+    far.write_bytes(struct.pack(">4sIQIIQI", b"QFI\xfb", 3, 2**64 - 1, 2**32 - 1, 16, 1 << 20, 0) + bytes(4096))
+    refused(tmp_path, repository, ImageFile(str(far)), "is an overlay of ''")
     for name, head in (("short.qcow2", b"QFI\xfb"), ("short.vmdk", b"KDMV")):
         (tmp_path / name).write_bytes(head)
         refused(tmp_path, repository, ImageFile(str(tmp_path / name)), "no whole")

@@ -310,6 +310,16 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["moved"]
 
 
+def test_an_nbdkit_that_does_not_even_take_its_orders_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository, manifest = stored(tmp_path, b"x" * CHUNK)
+    monkeypatch.setattr(nbdkit_plugin, "__file__", str(tmp_path / "no such plugin.py"))
+    with repository, pytest.raises(ServeFailed, match="did not start: .*nbdkit.*no such plugin.py"):
+        run(serve_volume(repository, manifest, "vda", str(tmp_path / "s"), observer=Watcher(), on_effect=Effects()))
+    assert os.listdir(tmp_path) == ["repository"]
+
+
 def test_serving_ends_when_it_is_cancelled(tmp_path: Path) -> None:
     repository, manifest = stored(tmp_path, b"x" * CHUNK)
     effects = Effects()
