@@ -55,8 +55,13 @@ def _describe(result: dict[str, Any]) -> str:
              ("started", "started"), ("left_out", "left out"))
     parts = [fields([(title, word(result.get(name))) for name, title in names])]
     if volumes := result.get("volumes"):
-        titles = ["VOLUME", "KIND", "SIZE", "TARGET", "HOLDS NOW", "REVERT"]
-        parts.append(table(titles, [_volume_row(volume) for volume in volumes], right=frozenset({"SIZE"})))
+        now = "HELD BEFORE" if "bytes_written" in result else "HOLDS NOW"
+        titles = ["VOLUME", "KIND", "SIZE", "TARGET", now, "REVERT"]
+        rows = [_volume_row(volume) for volume in volumes]
+        if written := result.get("bytes_written"):
+            titles.append("WRITTEN")
+            rows = [[*row, amount(written.get(volume.get("id")))] for row, volume in zip(rows, volumes, strict=True)]
+        parts.append(table(titles, rows, right=frozenset({"SIZE", "WRITTEN"})))
     shown = [f"{volume}: {word(entry.get('how'))}" for entry in result.get("present_to_guest") or []
              if (volume := word(entry.get("volume")))]
     shown += [f"note: {word(note)}" for note in result.get("notes") or []]

@@ -151,7 +151,8 @@ class SmallRunner:
         return {"backup": backup, "name": options.name, "problems": ["volume vda: /new/vda.qcow2 is not empty"],
                 "volumes": [{"id": "vda", "kind": "virtual", "size": 4096, "target": "/new/vda.qcow2", "revert": False,
                              "now": {"content": "data", "what": "an ext4 filesystem"}}],
-                "present_to_guest": [{"volume": "wwn:1", "target": "iscsi://h/i/1", "how": "log in to i"}]}
+                "present_to_guest": [{"volume": "wwn:1", "target": "iscsi://h/i/1", "how": "log in to i"}],
+                **({"bytes_written": {"vda": 1024}} if options.in_place else {})}
 
     async def inspect(self, job: JobContext, vm: str) -> Result:
         self.calls.append(("inspect", vm))

@@ -131,7 +131,10 @@ def test_verify_sound_and_damaged(address: str) -> None:
 def test_restore_in_place(address: str) -> None:
     async def main() -> None:
         async with served(address) as (_, runner, _):
-            assert (await ctl(address, "restore", "web-1", "--in-place")).status == 0
+            done = await ctl(address, "restore", "web-1", "--in-place")
+            assert done.status == 0
+            (head,) = [line for line in done.out.splitlines() if line.startswith("VOLUME")]
+            assert head.split("  ")[-1].strip() == "WRITTEN" and "HELD BEFORE" in head and "1.0 KiB" in done.out
             assert runner.calls == [("restore", "web-1", RestoreOptions(in_place=True))]
 
     asyncio.run(main())
