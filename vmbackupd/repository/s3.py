@@ -47,6 +47,10 @@ class S3Storage:
         self._objects: PlainObjects | VersionedObjects | None = None
         self._cache = ObjectCache(self._cache_directory())
 
+    def __reduce__(self) -> tuple[type[S3Storage], tuple[str, str, S3Options]]:
+        """Pickled by place: the copy, in another process, connects for itself. No secret of it is pickled."""
+        return S3Storage, (self.client.bucket, self._prefix.rstrip("/"), self.options)
+
     def __repr__(self) -> str:
         return f"S3Storage({self.place!r})"
 
