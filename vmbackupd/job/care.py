@@ -20,7 +20,7 @@ from vmbackupd.job.observer import JobObserver
 from vmbackupd.job.options import GcOptions, InitOptions, KeyOptions, PruneOptions, VerifyOptions
 from vmbackupd.job.repositories import Repositories, recovery_key
 from vmbackupd.repository import BackupSummary, Repository
-from vmbackupd.repository.forget import protected_names
+from vmbackupd.repository.forget import ForgetResult, protected_names
 from vmbackupd.repository.keys import (
     Credential,
     KeyFile,
@@ -91,8 +91,7 @@ class RepositoryCare:
                 raise Protected(
                     f"nothing was forgotten: protected is {', '.join(kept)}; `vmbackupctl unprotect` takes that away"
                 )
-            waiting = [] if dry_run else repository.forget(wanted).waiting
-            return removal(decisions, dry_run, waiting)
+            return removal(decisions, None if dry_run else repository.forget(wanted))
 
         return await self._to_the_end(work)
 
@@ -262,8 +261,8 @@ def _summary(repository: Repository, backup: str) -> BackupSummary:
         return BackupSummary(backup, error=str(error))
 
 
-def removal(decisions: Sequence[Decision], dry_run: bool, waiting: Sequence[str] = ()) -> Result:
-    """What ``forget`` and ``prune`` answer. ``waiting``: who may still use what was forgotten."""
+def removal(decisions: Sequence[Decision], done: ForgetResult | None) -> Result:
+    """What ``forget`` and ``prune`` answer; ``done`` None is a dry run."""
     rows = [
         {
             "backup": item.backup.id,
@@ -274,15 +273,24 @@ def removal(decisions: Sequence[Decision], dry_run: bool, waiting: Sequence[str]
         }
         for item in decisions
     ]
-    forgotten = [] if dry_run else [item.backup.id for item in decisions if not item.keep]
-    return {"dry_run": dry_run, "decisions": rows, "forgotten": forgotten, "waiting": list(waiting)}
+    result: Result = {"dry_run": done is None, "decisions": rows, **asdict(done or ForgetResult())}
+    return {key: value for key, value in result.items() if value is not None}
 
 
 def _prune(repository: Repository, vm: str | None, policy: KeepPolicy, dry_run: bool) -> Result:
-    decisions = repository.prune(policy, vm=vm, dry_run=dry_run)
-    if vm is not None and not decisions:
-        raise NotFound(f"there is no backup of a VM {vm} in the repository")
-    return removal(decisions, dry_run)
+    for last in (False, False, True):
+        decisions = repository.prune(policy, vm=vm, dry_run=True)
+        if vm is not None and not decisions:
+            raise NotFound(f"there is no backup of a VM {vm} in the repository")
+        if dry_run:
+            return removal(decisions, None)
+        try:
+            return removal(decisions, repository.forget(item.backup.id for item in decisions if not item.keep))
+        except (NotFound, Protected) as error:
+            if last:
+                raise
+            log.info("prune looks again: %s", error)  # somebody else forgot or protected one in between
+    raise AssertionError("the last try returns or raises")
 
 
 def _source(options: KeyOptions) -> KeySource:
