@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from vmbackupd.errors import InvalidArgument, NotFound, Protected
+from vmbackupd.errors import InvalidArgument, NotFound, ObjectLocked, Protected
 from vmbackupd.repository import envelope, settle
 from vmbackupd.repository.condemned import Condemned, manifests_in
 from vmbackupd.repository.manifest import BACKUP_ID
@@ -31,10 +31,12 @@ REASON = "forgotten"
 @dataclass(frozen=True, slots=True)
 class ForgetResult:
     """``forgotten``: ids. ``waiting``: sessions, for people, that may still use some of them: the first ``gc`` after
-    these have ended frees the space."""
+    these have ended frees the space. ``locked_until``: seconds since 1970 until which the store keeps some of them from
+    being removed, None if it does not; they are forgotten all the same."""
 
     forgotten: list[str] = field(default_factory=list)
     waiting: list[str] = field(default_factory=list)
+    locked_until: float | None = None
 
 
 def forget(repository: Repository, backup_ids: Iterable[str]) -> ForgetResult:
@@ -53,8 +55,12 @@ def forget(repository: Repository, backup_ids: Iterable[str]) -> ForgetResult:
     if not names:
         return ForgetResult()
     verdict = repository.verdicts.add((), names, REASON)
-    waiting = [] if remove_manifests(repository, verdict) else repository.verdicts.holders(verdict)
     log.info("%s: forgot %s", repository.storage.place, ", ".join(ids))
+    try:
+        waiting = [] if remove_manifests(repository, verdict) else repository.verdicts.holders(verdict)
+    except ObjectLocked as reason:  # the verdict stands: the first gc that may removes them
+        log.info("%s", reason)
+        return ForgetResult(ids, locked_until=reason.until)
     return ForgetResult(ids, waiting)
 
 
@@ -72,7 +78,7 @@ def _name(repository: Repository, backup_id: str) -> str | None:
 
 
 def remove_manifests(repository: Repository, verdict: Condemned) -> bool:
-    """Remove the manifests of a verdict if no session is left that could use them; False if there is."""
+    """Remove the manifests of a verdict if no session is left that could use them; False if there is. ObjectLocked."""
     if repository.verdicts.outlived(verdict):
         return False
     for name in sorted(verdict.manifests):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vmbackupd.engine.index import IndexSet
-from vmbackupd.errors import RepositoryCorrupt, RepositoryFull
+from vmbackupd.errors import ObjectLocked, RepositoryCorrupt, RepositoryFull
 from vmbackupd.repository import sessions
 from vmbackupd.repository.catalog import pack_name
 from vmbackupd.repository.copier import Copier
@@ -41,7 +41,8 @@ class GcResult:
     ``condemned_packs``: found unneeded, or little needed, now; ``reasons``: the same by reason; ``removed_packs`` and
     ``freed_bytes``: packs that are gone now, and their bytes; ``repacked_bytes``: what was written again of them;
     ``waiting_packs``: condemned packs that stay for now, because of the sessions ``waiting_for``; ``damaged_packs``:
-    ids of those that stay because something that is needed of them cannot be read.
+    ids of those that stay because something that is needed of them cannot be read; ``locked_packs``: those that the
+    store does not let go before ``locked_until`` (seconds since 1970), when a ``gc`` removes them.
     """
 
     condemned_packs: int = 0
@@ -51,6 +52,8 @@ class GcResult:
     waiting_packs: int = 0
     waiting_for: list[str] = field(default_factory=list)
     damaged_packs: list[str] = field(default_factory=list)
+    locked_packs: int = 0
+    locked_until: float | None = None
     reasons: dict[str, int] = field(default_factory=dict)
     dry_run: bool = False
 
@@ -81,7 +84,10 @@ class Collector:
             self._verdicts.remove_orphans()
             for verdict in self._verdicts.listed():
                 if verdict.manifests:
-                    remove_manifests(self._repository, verdict)
+                    try:
+                        remove_manifests(self._repository, verdict)
+                    except ObjectLocked as reason:
+                        self._locked(reason)
         self._repository.rebuild_index()
         at_work = sessions.listed(self._storage, self._repository.header, details=False).keys()
         view = look(self._repository, self._progress)
@@ -201,17 +207,30 @@ class Collector:
         return done
 
     def _remove(self, packs: Sequence[bytes], here: dict[bytes, int]) -> set[bytes]:
+        """Remove packs; those that are gone now. The verdict on one that the store has locked goes on to stand."""
+        gone: set[bytes] = set()
         for number, pack in enumerate(packs):
             self._progress("remove", number, len(packs))
-            if self._storage.delete(pack_name(pack)):
-                self.result.removed_packs += 1
-                self.result.freed_bytes += here[pack]
-        if packs:
             try:
-                self._catalog.rewrite(set(packs))
+                if self._storage.delete(pack_name(pack)):
+                    self.result.removed_packs += 1
+                    self.result.freed_bytes += here[pack]
+            except ObjectLocked as reason:
+                self._locked(reason)
+                self.result.locked_packs += 1
+                continue
+            gone.add(pack)
+        if gone:
+            try:
+                self._catalog.rewrite(gone)
             except RepositoryFull as reason:  # entries of packs that are gone hurt nobody
                 log.warning("%s: the indexes are not made smaller: %s", self._storage.place, reason)
-        return set(packs)
+        return gone
+
+    def _locked(self, reason: ObjectLocked) -> None:
+        log.debug("%s", reason)
+        if reason.until is not None:
+            self.result.locked_until = max(reason.until, self.result.locked_until or 0.0)
 
     def _tell_waiting(self) -> None:
         """Whom the verdicts that still stand wait for."""
