@@ -8,12 +8,12 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from vmbackupd.config import Config, S3Config
-from vmbackupd.errors import ConfigError, InvalidArgument
+from vmbackupd.errors import BackupError, ConfigError, InvalidArgument, KeyRequired
 from vmbackupd.job.context import to_the_end
 from vmbackupd.job.options import InitOptions
 from vmbackupd.repository import Repository, Settings, Storage
@@ -104,7 +104,7 @@ class Repositories:
             if storage.stat(HEADER_NAME) is not None:
                 raise InvalidArgument(f"there is a repository at {storage.place} already")
             with _made_key_file(encryption.key_file):
-                sources = self.keys()
+                sources = self.keys(all_of_them=True)
                 if sources and options.reveal is not None:
                     text = new_recovery_key()
                     sources.append(RecoveryKey(text))
@@ -120,19 +120,33 @@ class Repositories:
         cache = self._config.cache_directory if repository.url else None
         return storage_from_url(repository.place, _s3_options(repository.s3, cache))
 
-    def keys(self) -> list[KeySource]:
-        """What the configuration gives to open the repository with. Raises ``KeyRequired`` for a file that is not
-        there."""
+    def keys(self, *, all_of_them: bool = False) -> list[KeySource]:
+        """What the configuration gives to open the repository with.
+
+        One that is not there is logged, if there are others: any of them may open it. With ``all_of_them``, and where
+        none is left, it raises ``KeyRequired`` or ``ConfigError``.
+        """
         encryption = self._config.encryption
+        wanted: list[Callable[[], KeySource]] = []
+        if (key_file := encryption.key_file) is not None:
+            wanted.append(lambda: KeyFile(key_file))
+        if (credential := encryption.credential) is not None:
+            wanted.append(lambda: Credential(credential))
+        if (passphrase_file := encryption.passphrase_file) is not None:
+            wanted.append(lambda: Passphrase.from_file(passphrase_file))
+        if (recovery_file := encryption.recovery_key_file) is not None:
+            wanted.append(lambda: recovery_key(_read_text(recovery_file)))
         sources: list[KeySource] = []
-        if encryption.key_file is not None:
-            sources.append(KeyFile(encryption.key_file))
-        if encryption.credential is not None:
-            sources.append(Credential(encryption.credential))
-        if encryption.passphrase_file is not None:
-            sources.append(Passphrase.from_file(encryption.passphrase_file))
-        if encryption.recovery_key_file is not None:
-            sources.append(recovery_key(_read_text(encryption.recovery_key_file)))
+        problems: list[BackupError] = []
+        for source in wanted:
+            try:
+                sources.append(source())
+            except (KeyRequired, ConfigError) as error:
+                problems.append(error)
+        if problems and (all_of_them or not sources):
+            raise problems[0]
+        for problem in problems:
+            log.warning("%s", problem)
         return sources
 
     def _settings(self) -> Settings:

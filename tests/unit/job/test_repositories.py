@@ -150,6 +150,27 @@ def test_a_key_that_is_not_there_is_named(tmp_path: Path, more: str, error: type
         Repositories(configured(tmp_path, more)).create(InitOptions())
 
 
+def test_one_of_several_keys_is_enough_to_open_but_not_to_make(tmp_path: Path) -> None:
+    key, passphrase = tmp_path / "key", tmp_path / "passphrase"
+    both = f'[encryption]\nkey_file = "{key}"\npassphrase_file = "{passphrase}"\n'
+    repositories = Repositories(configured(tmp_path, both))
+    with pytest.raises(KeyRequired, match=str(passphrase)):
+        repositories.create(InitOptions())
+    passphrase.write_text("correct horse battery\n")
+    with repositories.create(InitOptions()) as repository:
+        assert sorted(slot.kind for slot in repository.key_slots()) == ["keyfile", "passphrase"]
+    passphrase.unlink()
+    with repositories.use() as repository:
+        assert repository.backups() == []
+    passphrase.write_text("correct horse battery\n")
+    key.unlink()
+    with repositories.use() as repository:
+        assert repository.backups() == []
+    passphrase.unlink()
+    with pytest.raises(KeyRequired), repositories.use():
+        pass
+
+
 def test_an_s3_credential_without_systemd_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
     config = parse('[repository]\nurl = "s3://bucket/a"\n[repository.s3]\ncredential = "s3-credentials"')
