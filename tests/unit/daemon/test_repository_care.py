@@ -267,16 +267,23 @@ def test_verify_names_what_is_damaged_and_the_next_backup_heals_it(site: Host) -
     assert out.read_bytes() == image.read_bytes()
 
 
-def test_a_slow_verify_is_stopped_and_goes_on_where_it_was(site: Host) -> None:
-    site.backup(site.image("disk.raw", 9))
-    job = site.json("verify", "--data", "--rate", "1MiB", "--no-wait")["job"]
-    assert site.error("verify")[0] == "Busy"
-    progress = wait_for(site, job, lambda view: view["done"] > 0)
-    assert progress["total"] >= progress["done"]
+def test_a_slow_verify_is_stopped_and_goes_on_where_it_was(host: Host) -> None:
+    host.sections["repository"]["pack_size"] = "1 MiB"
+    host.start()
+    host.ctl("repository", "init")
+    host.backup(host.image("disk.raw", 9))
+    stored = sum(host.packs().values())
+    job = host.json("verify", "--data", "--rate", "256KiB", "--no-wait")["job"]
+    assert host.error("verify")[0] == "Busy"
+    progress = wait_for(host, job, lambda view: view["done"] > MiB * 3 // 2)  # a whole pack at least
+    assert progress["done"] <= progress["total"] == stored
     began = time.monotonic()
-    assert "what it had completed stays" in site.ctl("cancel", job).stdout
-    assert time.monotonic() - began < 5
-    assert site.json("verify", "--data")["sound"] is True
+    assert "what it had completed stays" in host.ctl("cancel", job).stdout
+    assert time.monotonic() - began < 10
+    went_on = host.json("verify", "--data")
+    assert (went_on["sound"], went_on["resumed"]) == (True, True) and went_on["bytes_read"] < stored
+    assert host.json("verify", "--data")["resumed"] is False
+    assert host.json("verify", "--data", "--restart")["bytes_read"] >= stored
 
 
 def wait_for(host: Host, job: str, accept: Any) -> dict[str, Any]:
