@@ -361,7 +361,8 @@ cdef class IndexFile:
         if expected is not None and own[:16] != expected:
             raise RepositoryCorrupt(f"index {self.label} is stored under the wrong name: it is index {own[:16].hex()}")
         if (
-            self.index.blocks != (self.index.entries + BLOCK_ENTRIES - 1) // BLOCK_ENTRIES
+            self.index.entries > self.index.blocks * <uint64_t>BLOCK_ENTRIES      # first: the sum below may overflow
+            or self.index.blocks != (self.index.entries + BLOCK_ENTRIES - 1) // BLOCK_ENTRIES
             or tail != self.index.pack_count * <uint64_t>PACK_ID + self.index.blocks * DIRECTORY_ENTRY + INDEX_TAG
         ):
             raise RepositoryCorrupt(f"index {self.label} has not the length its header tells")

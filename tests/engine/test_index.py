@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from vmbackupd.engine.blake3 import keyed_hash
 from vmbackupd.engine.index import BlockCache, EntryTable, IndexFile, IndexSet, encode_entries, pack_entries
 from vmbackupd.errors import RepositoryCorrupt
 from vmbackupd.repository.catalog import spill_file
@@ -88,6 +89,18 @@ def test_truncated() -> None:
             opened(data[:length])
     with pytest.raises(RepositoryCorrupt):
         opened(data + b"\0")
+
+
+@pytest.mark.parametrize("count", [2**64 - 1, 2**64 - 84, 86, 170])
+def test_a_count_that_does_not_fit_the_blocks(count: int) -> None:
+    """Also one whose number of blocks is too large to be told: it came out as none."""
+    data = bytearray(file_of({}) if count > 170 else file_of(filled(random.Random(1), 85)))
+    data[48:56] = count.to_bytes(8, "little")
+    blocks = int.from_bytes(data[60:64], "little")
+    tail = bytes(data[64 + 4096 * blocks : -32])
+    data[-32:] = keyed_hash(KEY, bytes(data[:64]) + tail)
+    with pytest.raises(RepositoryCorrupt, match="has not the length"):
+        opened(bytes(data))
 
 
 def test_bit_flips() -> None:
