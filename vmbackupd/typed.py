@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, Final, NoReturn, TypeVar
 
 T = TypeVar("T")
+
+_SURROGATE = re.compile("\\\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 JsonObject = Mapping[str, object]
 
@@ -192,14 +195,18 @@ def get_strs(
 def parse_object(
     text: str | bytes, *, what: str, max_length: int = 64 * 2**20, error: type[Exception] = TypedError
 ) -> dict[str, Any]:
-    """The JSON object in ``text``; refuses NaN, duplicate keys, overlong text and nesting too deep for the parser.
+    """The JSON object in ``text``; refuses NaN, duplicate keys, overlong text, halves of surrogate pairs (nothing could
+    write them again) and nesting too deep for the parser.
 
     ``what`` names the document in the message (``manifest of backup x``).
     """
     if len(text) > max_length:
         raise error(f"{what}: {len(text)} bytes of JSON, at most {max_length} are accepted")
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        words = text if isinstance(text, str) else str(text, "utf-8")
+        value = json.loads(words, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        if _SURROGATE.search(words):
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as reason:
         raise error(f"{what} is not valid JSON: {reason}") from reason
     if not isinstance(value, dict):

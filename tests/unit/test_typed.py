@@ -118,6 +118,19 @@ def test_refused_documents(text: str) -> None:
         parse_object(text, what="reply")
 
 
+@pytest.mark.parametrize(
+    "text", ['{"a": "\\ud800"}', '{"\\uDfff": 1}', '{"a": ["\ud800"]}', b'{"a": "\xed\xa0\x80"}', b'{"a": "\xff"}']
+)
+def test_half_a_surrogate_pair_is_no_text(text: str | bytes) -> None:
+    """It could be read, and then neither written nor hashed."""
+    with pytest.raises(TypedError, match="^reply is not valid JSON"):
+        parse_object(text, what="reply")
+
+
+def test_whole_surrogate_pairs_are() -> None:
+    assert parse_object('{"a": "\\ud83d\\ude00"}', what="reply") == {"a": "😀"}
+
+
 def test_long_documents() -> None:
     with pytest.raises(TypedError, match="at most 10"):
         parse_object("{}" + " " * 10, what="reply", max_length=10)
