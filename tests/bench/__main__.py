@@ -26,6 +26,9 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the samples")
     parser.add_argument("--chart", type=Path, metavar="FILE", help="write a chart (SVG)")
     parser.add_argument("--size", type=int, default=2048, metavar="MIB", help="of the image (%(default)s)")
+    parser.add_argument(
+        "--chunks", type=int, default=16_000_000, help="already in the repository of the tracked backup (%(default)s)"
+    )
     parser.add_argument("--runs", type=int, default=3, help="of each tool (%(default)s)")
     parser.add_argument("--directory", type=Path, help="where to work (memory, /dev/shm, if there is room)")
     parser.add_argument("--ours-only", action="store_true", help="no peers")
@@ -104,7 +107,7 @@ def main(words: Sequence[str]) -> int:
     size = args.size * MiB
     directory = workplace(args.directory, size)
     try:
-        with prepared(directory / "run", size) as bench:
+        with prepared(directory / "run", size, args.chunks) as bench:
             caption = (
                 f"{size / 2**30:.1f} GiB image, {bench.data_bytes / 2**30:.2f} GiB of data; "
                 f"{len(os.sched_getaffinity(0))} cores; median of {args.runs}; {directory.parent}"

@@ -19,9 +19,11 @@ from tests.bench.measure import CHUNK
 from tests.bench.sources import fill_from_file, fill_from_nbd
 from vmbackupd.engine.fileout import write_file
 from vmbackupd.engine.image import ImageSink
+from vmbackupd.engine.index import encode_entries
 from vmbackupd.engine.progress import Progress
 from vmbackupd.model import Consistency, Method, RevertMode, VolumeKind, VolumeRecord
 from vmbackupd.repository import LocalStorage, Manifest, Repository, RepositoryWriter, VmIdentity
+from vmbackupd.repository.catalog import index_name, pack_name
 from vmbackupd.repository.keys import KeyFile
 from vmbackupd.repository.verify import verify as verify_repository
 
@@ -109,7 +111,7 @@ def changed(args: argparse.Namespace) -> int:
 
 def restore(args: argparse.Namespace) -> int:
     with Repository.open(LocalStorage(args.repository)) as repository:
-        tree, size = latest(repository)
+        tree, _ = latest(repository)
         image = repository.image(tree)
         with args.image.open("w+b") as file:
             write_file(image, file.fileno(), Progress(), label=str(args.image))
@@ -159,6 +161,27 @@ def prepare_tracked(args: argparse.Namespace) -> int:
     return TRACKED_USED
 
 
+def enlarge(args: argparse.Namespace) -> int:
+    """Index files with millions of chunks that are nowhere, as other backups would have left them, and their packs."""
+    from tests.engine.scale import PARTS, PER_PACK, random_entries
+
+    rng = random.Random(args.chunks)
+    with Repository.open(LocalStorage(args.repository)) as repository:
+        header = repository.header
+        for part in range(PARTS):
+            entries = random_entries(rng, args.chunks // PARTS)
+            packs = [rng.randbytes(12) + bytes(4) for _ in range(-(-args.chunks // PARTS // PER_PACK))]
+            for pack_id in packs:
+                place = args.repository / pack_name(pack_id)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.touch()
+            index_id = rng.randbytes(16)
+            parts = encode_entries(entries, header.keys.seal, header.id, index_id, packs)
+            with (args.repository / index_name(index_id)).open("wb") as file:
+                file.writelines(bytes(part) for part in parts)
+    return args.chunks
+
+
 WORKS: dict[str, Callable[[argparse.Namespace], int]] = {
     "full": full,
     "scan": scan,
@@ -168,6 +191,7 @@ WORKS: dict[str, Callable[[argparse.Namespace], int]] = {
     "verify": verify,
     "parallel": parallel,
     "prepare-tracked": prepare_tracked,
+    "enlarge": enlarge,
 }
 
 
@@ -178,6 +202,7 @@ def main() -> None:
     parser.add_argument("--image", type=Path)
     parser.add_argument("--key", type=Path)
     parser.add_argument("--changes", type=Path)
+    parser.add_argument("--chunks", type=int)
     parser.add_argument("--sockets", nargs="*", default=[])
     args = parser.parse_args()
     began = time.monotonic()

@@ -30,7 +30,9 @@ class Bench:
     directory: Path
     image: Path
     size: int
-    data_bytes: int = 0
+    data_bytes: int
+    chunks: int
+    """Chunks of others in the repository of the tracked backup."""
 
     def path(self, name: str) -> Path:
         """A file or directory of this run."""
@@ -47,7 +49,8 @@ class Bench:
         settle(self.image)
         done = run([program("limits", "-lzstd"), work, self.image, CHUNK, LEVEL])
         seconds, bytes_in, bytes_out = done.output.split()
-        return Sample(float(seconds), done.peak_rss, int(bytes_in), int(bytes_out))
+        stored = bytes_in if work == "verify" else bytes_out
+        return Sample(float(seconds), done.peak_rss, self.data_bytes, int(stored))
 
     def repository(self) -> Path:
         """A repository of the project with one backup of the image."""
@@ -58,7 +61,7 @@ class Bench:
 
 
 @contextmanager
-def prepared(directory: Path, size: int) -> Iterator[Bench]:
+def prepared(directory: Path, size: int, chunks: int) -> Iterator[Bench]:
     """The image, in a directory of its own that is removed in the end."""
     directory.mkdir(parents=True)
     try:
@@ -70,7 +73,7 @@ def prepared(directory: Path, size: int) -> Iterator[Bench]:
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
         )
-        yield Bench(directory, image, size, image.stat().st_blocks * 512)
+        yield Bench(directory, image, size, image.stat().st_blocks * 512, chunks)
     finally:
         shutil.rmtree(directory)
 
@@ -106,6 +109,7 @@ def second_backup_tracked(bench: Bench) -> Sample:
     path = bench.path("tracked-repository")
     if not path.exists():
         bench.ours("prepare-tracked", "--repository", path)
+        bench.ours("enlarge", "--repository", path, "--chunks", bench.chunks)
     settle(path)
     before = stored_below(path)
     sample = bench.ours("tracked", "--repository", path)
