@@ -5,14 +5,15 @@ from vmbackupd.engine.progress import Progress as Progress
 from vmbackupd.engine.sink import ChunkSink, ChunkSource
 
 def copy_in(
-    source: NbdConnection, sink: ChunkSink, progress: Progress, *, in_flight: int = 32, request: int = 256 << 10
+    source: NbdConnection, sink: ChunkSink, progress: Progress, *, in_flight: int = 16, request: int = 256 << 10
 ) -> None:
     """Copy a whole export into ``sink``, in image order. Blocking; runs without the GIL.
 
     Block status is asked first: what the server says is zero does not travel, and chunks that turn out to be zeros are
-    handed over as such. ``in_flight`` buffers of ``request`` bytes (at most 4 MiB, whole chunks) are the memory it takes,
-    64 MiB at most; the defaults (8 MiB) were the fastest with qemu-nbd, whose larger requests leave the CPU's caches. Errors: SourceError (also if the export is smaller than the sink's image), Cancelled within about
-    200 ms of ``progress.cancel()``, and whatever the sink raises; each of them closes the connection.
+    handed over as such. ``in_flight`` buffers of ``request`` bytes (at most 4 MiB, whole chunks) are the memory it
+    takes, 64 MiB at most; with the defaults 4 MiB. Errors: SourceError (also if the export is smaller than the sink's
+    image), Cancelled within about 200 ms of ``progress.cancel()``, and whatever the sink raises; each of them closes the
+    connection.
     """
 
 def copy_out(

@@ -203,7 +203,7 @@ cdef class _CopyIn:
         return 1
 
 
-def copy_in(NbdConnection source not None, ChunkSink sink not None, Progress progress not None, *, in_flight=32,
+def copy_in(NbdConnection source not None, ChunkSink sink not None, Progress progress not None, *, in_flight=16,
             request=256 << 10):
     cdef _CopyIn copy
     if source.size < sink.size:
