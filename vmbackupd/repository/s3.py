@@ -15,7 +15,7 @@ from vmbackupd.repository import s3capabilities, s3probe
 from vmbackupd.repository.objectcache import ObjectCache
 from vmbackupd.repository.s3capabilities import CONDITIONAL, VERSIONS, Capabilities
 from vmbackupd.repository.s3client import S3Client
-from vmbackupd.repository.s3lease import LeaseClaim, lease_name
+from vmbackupd.repository.s3lease import LeaseClaim, lease_name, now
 from vmbackupd.repository.s3objects import PlainObjects, VersionedObjects, first_part, objects_of
 from vmbackupd.repository.s3options import S3Options
 from vmbackupd.repository.storage import ObjectInfo, check_name
@@ -27,6 +27,7 @@ CACHED = ("indexes",)
 """First parts of the names that ``open`` copies to files."""
 DOWNLOAD = 16 * 2**20
 STALE_UPLOAD = 86400.0  # seconds after which nobody can be working on an upload in parts any more
+RESOLUTION = 1.0  # seconds: a store tells times in whole ones
 STALE_LEASE = 10  # lifetimes of a lease after which one without a claim is removed
 
 
@@ -167,9 +168,10 @@ class S3Storage:
     # ---- claims and leftovers
 
     def claim(self, name: str, data: bytes) -> LeaseClaim:
+        began = now()
         if not self.put_if_absent(name, [data]):
             raise StorageError(f"{self.place}: {name} exists already")
-        return LeaseClaim(self, name, self.capabilities.lease_seconds)
+        return LeaseClaim(self, name, self.capabilities.lease_seconds, began)
 
     def abandoned(self, name: str) -> bool:
         """Has the lease run out by the store's clock?"""
@@ -182,7 +184,7 @@ class S3Storage:
             if key != name and self.stat(name) is None:
                 return False
             age = self.client.server_time() - float(head.fields["LastModified"].timestamp())
-            return age > self.capabilities.lease_seconds
+            return age > self.capabilities.lease_seconds + RESOLUTION
         return False
 
     def remove_temporaries(self) -> int:

@@ -30,7 +30,7 @@ class Leases(Protocol):
     def delete(self, name: str) -> bool: ...
 
 
-def _now() -> float:
+def now() -> float:
     """Seconds that go on while the machine sleeps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
@@ -38,13 +38,13 @@ def _now() -> float:
 class LeaseClaim:
     """A claim that counts as held as long as its lease is renewed."""
 
-    def __init__(self, storage: Leases, name: str, seconds: float) -> None:
-        """The object ``name`` exists already, made by the caller just now."""
+    def __init__(self, storage: Leases, name: str, seconds: float, began: float) -> None:
+        """The object ``name`` exists already; the caller began to make it at ``began``, by ``now``."""
         self.name = name
         self.seconds = seconds
         self._storage = storage
         self._version: str | None = None
-        self._renewed = _now()
+        self._renewed = began
         self._gone = False
         self._stop = threading.Event()
         self._thread = threading.Thread(
@@ -58,11 +58,11 @@ class LeaseClaim:
     @property
     def lost(self) -> bool:
         """Could others take us for dead? True from a moment before they can."""
-        return self._gone or self._stop.is_set() or _now() - self._renewed > self.seconds * SAFE
+        return self._gone or self._stop.is_set() or now() - self._renewed > self.seconds * SAFE
 
     def renew(self) -> None:
         """Write the lease anew; StorageError leaves it as old as it is."""
-        began = _now()
+        began = now()
         objects = self._storage.objects
         self._version = objects.touch(lease_name(self.name), b"{}\n", self._version)
         if objects.stat(self.name) is None:
