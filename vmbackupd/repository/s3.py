@@ -121,19 +121,14 @@ class S3Storage:
         return self.objects.stat(check_name(name))
 
     def delete(self, name: str) -> bool:
-        there = self.objects.delete(check_name(name))
-        if first_part(name) == "sessions":
-            self.objects.delete(lease_name(name))
         self._cache.forget(name)
-        return there
+        return self.objects.delete(check_name(name))
 
     def delete_many(self, names: Iterable[str]) -> int:
         wanted = [check_name(name) for name in names]
-        simple = [name for name in wanted if first_part(name) != "sessions"]
-        count = sum(self.delete(name) for name in wanted if first_part(name) == "sessions")
-        for name in simple:
+        for name in wanted:
             self._cache.forget(name)
-        return count + (self.objects.delete_many(simple) if simple else 0)
+        return self.objects.delete_many(wanted) if wanted else 0
 
     def renew(self, names: Iterable[str]) -> int:
         objects = self.objects

@@ -78,6 +78,7 @@ class LeaseClaim:
         if threading.current_thread() is not self._thread:
             self._thread.join()  # or it would write the lease once more
         self._storage.delete(self.name)
+        self._storage.objects.delete(lease_name(self.name))  # that of a dead host is removed in time, see s3.py
 
 
 def _keep(claim_ref: weakref.ref[LeaseClaim], stop: threading.Event, interval: float) -> None:
