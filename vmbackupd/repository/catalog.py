@@ -266,7 +266,10 @@ class Catalog:
             if merged.label not in self._files:
                 raise StorageError(f"{self._storage.place}: {merged.label} is not there though it was written")
         for file in files:
-            self._storage.delete(file.label)
+            try:
+                self._storage.delete(file.label)
+            except BackupError as reason:  # what it tells is told twice: the next merge tries again
+                log.warning("%s: %s stays though it was merged: %s", self._storage.place, file.label, reason)
         self.refresh()
         return True
 

@@ -20,7 +20,7 @@ from tests.unit.repository.repository_support import (
     volume,
 )
 from vmbackupd.engine.index import IndexSet
-from vmbackupd.errors import RepositoryFull, StorageError
+from vmbackupd.errors import ObjectLocked, RepositoryFull, StorageError
 from vmbackupd.repository import LocalStorage, Repository
 from vmbackupd.repository.catalog import INDEXES, MOST_FILES, MOST_KEPT, Catalog, kept_files, pack_name
 from vmbackupd.repository.sessions import SESSIONS
@@ -250,6 +250,25 @@ def test_a_merge_that_fails_leaves_everything(tmp_path: Path) -> None:
     assert objects(tmp_path) == before
     assert repository.catalog.merge(lambda: True) == 0
     assert objects(tmp_path) == before
+
+
+def test_a_merged_file_that_cannot_be_removed(tmp_path: Path) -> None:
+    """It stays, which hurts nobody, and goes with the next merge."""
+    made = filled(tmp_path, 10)
+    storage = FaultyStorage(LocalStorage(tmp_path))
+    repository = Repository.open(storage)
+    wanted = places(repository, repository.catalog.current)
+    stays = index_files(tmp_path)[4]
+    storage.always = (f"delete {stays}", ObjectLocked("locked"))
+    assert repository.catalog.merge() == 10
+    assert len(index_files(tmp_path)) == 2
+    assert stays in index_files(tmp_path)
+    assert places(repository, repository.catalog.current).keys() == wanted.keys()
+    storage.always = None
+    repository.catalog._replace(list(repository.catalog.current.files), frozenset(), None)
+    assert places(repository, repository.catalog.current) == wanted
+    repository.close()
+    read_all(tmp_path, made)
 
 
 def test_mergers_on_two_hosts(tmp_path: Path) -> None:
