@@ -31,6 +31,7 @@ LARGEST_CONTENT = 8 * 2**20
 PIECE = 8 * 2**20  # bytes of an index that are fetched at once
 MOST_FILES = 8  # index files at which a merge leaves them as they are
 MOST_KEPT = 4  # of those that are merged, the largest that may stay
+MOST_FAILURES = 3  # packs that cannot be read, and none that can, before a storage counts as failing
 MOST_LISTINGS = 20  # until two agree
 REBUILT_BYTES = 2**24  # bytes of the entries of a rebuilt index at which the next one is begun: bounds memory
 
@@ -112,7 +113,7 @@ class Catalog:
         self._merging = threading.Lock()
         self._merger: threading.Thread | None = None
         self._closing = threading.Event()
-        self._fruitless: frozenset[bytes] = frozenset()
+        self._fruitless: set[bytes] = set()
 
     @property
     def current(self) -> IndexSet:
@@ -302,34 +303,38 @@ class Catalog:
         after the indexes were. Index files that are damaged go when others tell all that they could.
         """
         with self._lock:
-            present = self.list_packs()
+            present = self.pack_ids()
             waiting = set(unfinished)
             self.refresh()
-            for pack_id in condemned:
-                present.pop(pack_id, None)
+            present.difference_update(condemned)
             done = self._rebuild(present, waiting)
             self._remove_damaged(present)
             return done
 
-    def _rebuild(self, present: dict[bytes, int], waiting: set[bytes]) -> int:
-        covered = self.covered(damaged=False)
-        wanted = {
-            pack_id: size
-            for pack_id, size in present.items()
-            if pack_id not in covered and pack_id[:WRITER_ID] not in waiting
-        }
-        if not wanted or frozenset(wanted) == self._fruitless:
+    def _rebuild(self, present: set[bytes], waiting: set[bytes]) -> int:
+        uncovered = present - self.covered(damaged=False)
+        wanted = {pack_id for pack_id in uncovered if pack_id[:WRITER_ID] not in waiting}
+        if not wanted or wanted == self._fruitless:
             return 0
-        done = 0
+        done = failed = 0
         table, read = bytearray(), list[bytes]()
         for pack_id in sorted(wanted):
             try:
-                entries, limit = self.read_pack_entries(pack_id, wanted[pack_id])
+                info = self._storage.stat(pack_name(pack_id))
+                if info is None:
+                    continue  # its writer gave up since the listing
+                entries, limit = self.read_pack_entries(pack_id, info.size)
                 table += pack_entries(entries, len(read), limit, pack_name(pack_id))
             except FileNotFoundError:
                 continue  # its writer gave up since the listing
             except RepositoryCorrupt as reason:
                 log.warning("%s: %s", self._storage.place, reason)
+                continue
+            except StorageError as reason:  # a bad sector hides no other pack; a store that fails is no bad sector
+                log.warning("%s: %s", self._storage.place, reason)
+                failed += 1
+                if failed == MOST_FAILURES and not done:
+                    raise
                 continue
             read.append(pack_id)
             done += 1
@@ -340,8 +345,8 @@ class Catalog:
             self._add(table, read)
         if done:
             log.warning("%s: made an index of %d packs that none covered", self._storage.place, done)
-        else:
-            self._fruitless = frozenset(wanted)
+        elif not failed:
+            self._fruitless = wanted
         return done
 
     def _remove_damaged(self, present: Collection[bytes]) -> None:

@@ -234,6 +234,27 @@ def test_rebuild_leaves_condemned_packs_and_those_of_living_writers(tmp_path: Pa
         ]
 
 
+def test_a_pack_that_cannot_be_read_hides_no_other(tmp_path: Path) -> None:
+    filled(tmp_path, 3)
+    for name in index_files(tmp_path):
+        (tmp_path / name).unlink()
+    storage = FaultyStorage(LocalStorage(tmp_path))
+    repository = Repository.open(storage)
+    packs = sorted(repository.catalog.list_packs())
+    storage.always = (f"get {pack_name(packs[1])}", StorageError("bad sector"))
+    assert repository.rebuild_index() == len(packs) - 1
+    assert repository.catalog.covered() == set(packs) - {packs[1]}
+    for name in index_files(tmp_path):
+        (tmp_path / name).unlink()
+    repository.catalog.refresh()
+    storage.always = ("get packs/", StorageError("gone"))
+    with pytest.raises(StorageError, match="gone"):
+        repository.rebuild_index()
+    storage.always = None
+    assert repository.rebuild_index() == len(packs)
+    repository.close()
+
+
 def test_a_merge_that_fails_leaves_everything(tmp_path: Path) -> None:
     filled(tmp_path, 10)
     storage = FaultyStorage(LocalStorage(tmp_path))
