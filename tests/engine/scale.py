@@ -19,10 +19,12 @@ from pathlib import Path
 from vmbackupd.engine.blake3 import keyed_hash
 from vmbackupd.engine.index import encode_entries
 from vmbackupd.engine.liveset import LiveSet
-from vmbackupd.repository import LocalStorage, Repository
+from vmbackupd.repository import LocalStorage, Repository, envelope
 from vmbackupd.repository.catalog import index_name, pack_name
+from vmbackupd.repository.gc import GcResult
 from vmbackupd.repository.header import NAME as HEADER_NAME
 from vmbackupd.repository.header import Header
+from vmbackupd.repository.repository import MANIFEST_MAGIC, MANIFESTS
 
 ROOT = Path(__file__).resolve().parents[2]
 CHUNK_SIZE = 65536
@@ -208,6 +210,21 @@ def work_liveset(path: Path, tree: str) -> None:
     usage = timed("pack_usage", live.pack_usage)
     assert live.missing_count == 0
     assert sum(figures[0] for figures in usage.values()) == len(index) == sum(figures[1] for figures in usage.values())
+
+
+def work_gc(path: Path, tree: str) -> None:
+    """All of a collection but the removing: a backup of the tree is published first."""
+    from tests.unit.repository.repository_support import manifest, volume  # not in the memory of the other works
+
+    repository = opened(path)
+    name = f"{MANIFESTS}/{repository.header.manifest_name('scale')}"
+    if repository.storage.stat(name) is None:
+        size = repository.image(tree).size
+        data = manifest("scale", volume("vda", tree, size), writer=bytes(12).hex()).encode()
+        repository.storage.put_if_absent(name, [envelope.seal(MANIFEST_MAGIC, repository.header, data)])
+    result = timed("gc --dry-run", lambda: repository.gc(dry_run=True))
+    assert isinstance(result, GcResult)
+    assert result.condemned_packs == 0
 
 
 def work_merge(path: Path, tree: str) -> None:

@@ -13,7 +13,7 @@ from tests.engine.scale import WORKS, measure, tree_of
 
 CHUNKS = 600_000
 MIB = 2**20
-PYTHON = 40 * MIB  # the interpreter with the engine, and what a little work leaves behind
+PYTHON = 48 * MIB  # the interpreter with the engine, and what a little work leaves behind
 CACHE = 32 * MIB  # blocks of the index
 INDEX = CHUNKS  # bytes: directory 40/85 and liveness 1/8 of a byte for each chunk, tables of packs
 LIMITS = {
@@ -22,6 +22,7 @@ LIMITS = {
     "writer": PYTHON + INDEX + 64 * MIB,  # three packs and the table of new chunks, as far as they are touched
     "lookup": PYTHON + INDEX + CACHE + 40 * MIB,  # the names that are asked for
     "liveset": PYTHON + INDEX + CACHE + 36 * MIB,  # the names that wait
+    "gc": PYTHON + INDEX + CACHE + 36 * MIB,
     "merge": PYTHON + INDEX,
 }
 
