@@ -16,6 +16,7 @@ cdef enum:
 
 cdef class LiveSet:                       # one thread at a time
     cdef IndexSet index
+    cdef size_t files
     cdef uint8_t **bits                   # for each file of the index one bit for each entry
     cdef uint8_t **checked                # for each file one bit for each block whose seal was found right
     cdef uint8_t *window                  # blocks [first, first + held) of the file that is being joined

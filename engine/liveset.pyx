@@ -61,6 +61,7 @@ cdef class LiveSet:
         self.window = <uint8_t *>malloc(WINDOW * BLOCK)
         if self.bits == NULL or self.pending == NULL or self.checked == NULL or self.window == NULL:
             raise MemoryError
+        self.files = index.length
         for i in range(index.length):
             self.bits[i] = <uint8_t *>calloc(index.indexes[i].entries // 8 + 1, 1)
             self.checked[i] = <uint8_t *>calloc(index.indexes[i].blocks // 8 + 1, 1)
@@ -70,7 +71,7 @@ cdef class LiveSet:
     def __dealloc__(self):
         cdef size_t i
         if self.bits != NULL and self.checked != NULL:
-            for i in range(self.index.length):
+            for i in range(self.files):         # not index.length: a garbage collection may have cleared the index
                 free(self.bits[i])
                 free(self.checked[i])
         free(self.bits)

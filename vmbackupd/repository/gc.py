@@ -194,7 +194,8 @@ class Collector:
             try:
                 for number, pack in enumerate(packs):
                     self._progress("copy", number, len(packs))
-                    needed = self._needed(view, pack, sizes[pack], index)
+                    # one that is gone since it was chosen was somebody else's choice, too
+                    needed = self._needed(view, pack, sizes[pack], index) if pack in sizes else []
                     if needed is not None and all(copier.copy(name, kind) for name, kind, _, _, _ in needed):
                         done.append(pack)
                     elif pack.hex() not in self.result.damaged_packs:

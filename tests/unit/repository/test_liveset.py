@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -143,3 +144,19 @@ def test_a_node_that_cannot_be_read(tmp_path: Path) -> None:
     with reopen(path) as again, pytest.raises(RepositoryCorrupt, match=tree):
         LiveSet(again.catalog.current).add_tree(again.reader(again.catalog.current), bytes.fromhex(tree))
     repository.close()
+
+
+def test_one_in_a_cycle_is_collected(tmp_path: Path) -> None:
+    """An error's traceback can hold it, and be held by what it holds."""
+    repository = make(tmp_path)
+    store(repository, "one", b"x" * CHUNK)
+
+    class Held(LiveSet):
+        pass
+
+    for _ in range(3):
+        held = Held(repository.catalog.current)
+        held.itself = [held, repository.catalog.current]  # type: ignore[attr-defined]
+        held.missing.append(held)  # type: ignore[arg-type]
+        del held
+        gc.collect()
