@@ -8,8 +8,8 @@ def write_file(
 ) -> None:
     """Write a whole image to the file behind ``fd`` (open for reading and writing). Blocking; runs without the GIL.
 
-    A regular file has the image's size afterwards, a device must have it. Without ``in_place`` the target must read as
-    zeros where it is not written (a new or empty file): holes of the image are left out. With it, what is there is
+    A regular file has the image's size afterwards, a device must have it. Without ``in_place`` a regular file is emptied
+    first, and a device must read as zeros: holes of the image are left out. With it, what is there is
     compared with the names of the image's chunks, and only chunks that differ are read from the repository and written;
     holes are punched. ``progress.bytes_written`` tells how much that was. Nothing is flushed: that is the caller's.
     ``label`` names the target in messages.

@@ -260,11 +260,13 @@ def write_file(ImageSource image not None, int fd, Progress progress not None, *
     if progress.bytes_total == 0:
         progress.bytes_total = image.size
     if stat.S_ISREG(status.st_mode):
-        if status.st_size != image.size:
-            try:
+        try:
+            if not in_place:
+                os.ftruncate(fd, 0)         # whatever was there would show through the holes
+            if not in_place or status.st_size != image.size:
                 os.ftruncate(fd, image.size)
-            except OSError as reason:
-                raise TargetError(f"{label}: setting its size to {image.size} bytes: {reason.strerror}") from reason
+        except OSError as reason:
+            raise TargetError(f"{label}: setting its size to {image.size} bytes: {reason.strerror}") from reason
     elif (size := os.lseek(fd, 0, os.SEEK_END)) < image.size:
         raise TargetRefused(f"{label}: it has {size} bytes, the image to be written {image.size}")
     pool = _FilePool(image, fd, label=label, in_place=in_place, workers=workers)

@@ -71,6 +71,17 @@ def test_a_new_file_is_the_image(tmp_path: Path, size: int, density: float, encr
         assert progress.bytes_written <= progress.bytes_read
 
 
+def test_nothing_of_what_was_there_shows_through_holes(tmp_path: Path) -> None:
+    rng = random.Random(12)
+    image = sparse_image(rng, 500 * CHUNK, density=0.3)
+    repository = make(tmp_path / "repository")
+    source = repository.image(store(repository, "one", image))
+    for length in (5, 500 * CHUNK, 600 * CHUNK):
+        (tmp_path / "out").write_bytes(rng.randbytes(length))
+        write(source, tmp_path / "out")
+        assert (tmp_path / "out").read_bytes() == image
+
+
 def test_holes_stay_holes(tmp_path: Path) -> None:
     """Those between chunks, and those of 16 KiB and more within: source files have had them."""
     repository = make(tmp_path / "repository", chunk_size=65536, fanout=16)
@@ -170,6 +181,8 @@ def test_an_error_of_the_target_is_told(tmp_path: Path) -> None:
     fd = os.open(tmp_path / "out", os.O_RDONLY)
     try:
         with pytest.raises(TargetError, match=r"the file: writing \d+ bytes at \d+: Bad file descriptor"):
+            write_file(source, fd, Progress(), label="the file", in_place=True)
+        with pytest.raises(TargetError, match="the file: setting its size to 2457600 bytes: Invalid argument"):
             write_file(source, fd, Progress(), label="the file")
     finally:
         os.close(fd)
