@@ -125,8 +125,8 @@ cdef class _FileIn:
         if end > self.done:
             stop = min(end * self.chunk, self.size)
             self.sink.put_zero(self.done, end - self.done)
-            self.progress.bytes_done += stop - first
-            self.progress.zero_bytes += stop - first
+            self.progress.bytes_done = self.progress.bytes_done + stop - first
+            self.progress.zero_bytes = self.progress.zero_bytes + stop - first
             self.done = end
         return 0
 
@@ -144,8 +144,8 @@ cdef class _FileIn:
             self.announce(at, stop)
             if self.image is not None:      # its workers read: see chunkstore
                 self.image.put_file(self.fd, self.done, count)
-                self.progress.bytes_read += length
-                self.progress.bytes_done += length
+                self.progress.bytes_read = self.progress.bytes_read + length
+                self.progress.bytes_done = self.progress.bytes_done + length
                 self.done += count
             else:
                 self.read(at, length)
@@ -188,7 +188,7 @@ cdef class _FileIn:
                     raise SourceError(
                         f"{self.label}: it ends at byte {at + have}, expected {self.size}: it was truncated meanwhile")
             have += got
-        self.progress.bytes_read += length
+        self.progress.bytes_read = self.progress.bytes_read + length
         return 0
 
     cdef int deliver(self, uint64_t length) except -1 nogil:
@@ -197,10 +197,10 @@ cdef class _FileIn:
             part = chunk_length(self.size, <uint32_t>self.chunk, self.done)
             if is_zero(self.buffer.data + at, part):
                 self.sink.put_zero(self.done, 1)
-                self.progress.zero_bytes += part
+                self.progress.zero_bytes = self.progress.zero_bytes + part
             else:
                 self.sink.put(self.done, self.buffer.data + at, part)
-            self.progress.bytes_done += part
+            self.progress.bytes_done = self.progress.bytes_done + part
             self.done += 1
             at += part
         return 0
