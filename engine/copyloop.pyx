@@ -139,8 +139,8 @@ cdef class _CopyIn:
             stop = self.size
         self.sink.put_zero(self.decided, end - self.decided)
         self.decided = end
-        self.progress.bytes_done += stop - start
-        self.progress.zero_bytes += stop - start
+        self.progress.bytes_done = self.progress.bytes_done + stop - start
+        self.progress.zero_bytes = self.progress.zero_bytes + stop - start
         return 0
 
     cdef int ask_more(self) except -1 nogil:
@@ -186,16 +186,16 @@ cdef class _CopyIn:
             return 0
         if slot.request.error != 0:
             return self.source.fail("reading", slot.offset, slot.length, slot.request.error)
-        self.progress.bytes_read += slot.length
+        self.progress.bytes_read = self.progress.bytes_read + slot.length
         index = slot.offset // self.chunk
         while at < slot.length:
             length = chunk_length(self.size, <uint32_t>self.chunk, index)
             if is_zero(slot.data + at, length):
                 self.sink.put_zero(index, 1)
-                self.progress.zero_bytes += length
+                self.progress.zero_bytes = self.progress.zero_bytes + length
             else:
                 self.sink.put(index, slot.data + at, length)
-            self.progress.bytes_done += length
+            self.progress.bytes_done = self.progress.bytes_done + length
             at += length
             index += 1
             self.source.step(0)
@@ -366,8 +366,8 @@ cdef class _CopyOut:
                 self.advance()
             if slot.request.error != 0:
                 return self.target.fail("writing", slot.offset, slot.length, slot.request.error)
-            self.progress.bytes_done += slot.length
-            self.progress.zero_bytes += slot.zero_bytes
+            self.progress.bytes_done = self.progress.bytes_done + slot.length
+            self.progress.zero_bytes = self.progress.zero_bytes + slot.zero_bytes
             self.ring.end()
             wait = False
             slot = self.ring.oldest()
@@ -395,7 +395,7 @@ cdef class _CopyOut:
                 self.filling -= 1
                 self.stages[number] = STAGE_WRITE
                 self.pool.check(batch)
-                self.progress.bytes_read += batch.read
+                self.progress.bytes_read = self.progress.bytes_read + batch.read
                 self.write_batch(slot, batch)
         return 0
 
@@ -413,8 +413,8 @@ cdef class _CopyOut:
         while at < stop:
             part = stop - at
             if self.target_is_zero:
-                self.progress.bytes_done += part
-                self.progress.zero_bytes += part
+                self.progress.bytes_done = self.progress.bytes_done + part
+                self.progress.zero_bytes = self.progress.zero_bytes + part
                 self.target.step(0)
                 return 0
             if part > self.ring.buffer_size and self.zeros is not None:
@@ -430,13 +430,13 @@ cdef class _CopyOut:
         return 0
 
     cdef int clear(self, Slot *slot, uint64_t offset, uint64_t length) except -1 nogil:
-        self.progress.bytes_written += length
+        self.progress.bytes_written = self.progress.bytes_written + length
         if self.zeros is not None:
             return self.target.start_write(&slot.request, self.zeros.data, length, offset)
         return self.target.start_zero(&slot.request, length, offset)
 
     cdef int write(self, Slot *slot, size_t start, size_t length) except -1 nogil:
-        self.progress.bytes_written += length
+        self.progress.bytes_written = self.progress.bytes_written + length
         return self.target.start_write(&slot.request, slot.data + start, length, slot.offset + start)
 
     cdef int data(self, uint64_t first, uint64_t end, bint compare) except -1 nogil:
@@ -502,7 +502,7 @@ cdef class _CopyOut:
             self.source.get(index, slot.data + at, size)
             at += size
             self.target.step(0)
-        self.progress.bytes_read += slot.length
+        self.progress.bytes_read = self.progress.bytes_read + slot.length
         return self.write_runs(slot, first, first + count)
 
     cdef int write_runs(self, Slot *slot, uint64_t first, uint64_t end) except -1 nogil:

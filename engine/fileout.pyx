@@ -213,8 +213,8 @@ cdef class _WriteFile:
 
     cdef int skip(self, uint64_t first, uint64_t end) except -1 nogil:
         cdef uint64_t length = min(end * self.image.chunk_size, self.image.size) - first * self.image.chunk_size
-        self.progress.bytes_done += length
-        self.progress.zero_bytes += length
+        self.progress.bytes_done = self.progress.bytes_done + length
+        self.progress.zero_bytes = self.progress.zero_bytes + length
         return self.stopped()
 
     cdef int stopped(self) except -1 nogil:
@@ -243,10 +243,10 @@ cdef class _WriteFile:
         self.pool.check(batch)
         for i in range(batch.count):
             if batch.wants[i].state == CHUNK_ZERO:
-                self.progress.zero_bytes += batch.wants[i].length
-        self.progress.bytes_done += batch.length
-        self.progress.bytes_read += batch.read
-        self.progress.bytes_written += batch.written
+                self.progress.zero_bytes = self.progress.zero_bytes + batch.wants[i].length
+        self.progress.bytes_done = self.progress.bytes_done + batch.length
+        self.progress.bytes_read = self.progress.bytes_read + batch.read
+        self.progress.bytes_written = self.progress.bytes_written + batch.written
         self.ring.end()
         return 0
 
@@ -267,8 +267,10 @@ def write_file(ImageSource image not None, int fd, Progress progress not None, *
                 os.ftruncate(fd, image.size)
         except OSError as reason:
             raise TargetError(f"{label}: setting its size to {image.size} bytes: {reason.strerror}") from reason
-    elif (size := os.lseek(fd, 0, os.SEEK_END)) < image.size:
-        raise TargetRefused(f"{label}: it has {size} bytes, the image to be written {image.size}")
+    else:
+        size = os.lseek(fd, 0, os.SEEK_END)
+        if size < image.size:
+            raise TargetRefused(f"{label}: it has {size} bytes, the image to be written {image.size}")
     pool = _FilePool(image, fd, label=label, in_place=in_place, workers=workers)
     try:
         work = _WriteFile(pool, progress)

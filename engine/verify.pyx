@@ -132,7 +132,10 @@ cdef class PackVerifier:
 
     def _run(self, PackWorker worker not None):
         try:
-            while (pack := self._next()) is not None:
+            while True:
+                pack = self._next()
+                if pack is None:
+                    return
                 found = self._pack(worker, *pack)
                 with self.guard:
                     if self.error is None:
@@ -497,5 +500,5 @@ cdef class TreeChecker:
         cdef uint64_t span = self.shape.spans[level] * self.shape.chunk_size
         cdef uint64_t start = index * span
         if self.counts and start < self.shape.size:
-            self.progress.bytes_done += min(span, self.shape.size - start)
+            self.progress.bytes_done = self.progress.bytes_done + min(span, self.shape.size - start)
         return 0
