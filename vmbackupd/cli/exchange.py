@@ -52,7 +52,7 @@ def register(subcommands: Subcommands) -> None:
         nargs="?",
         help="the unix socket to make (default: one of its own below the daemon's runtime directory)",
     )
-    parser.add_argument("--group", metavar="GROUP", help="let the members of this group connect, not only root")
+    parser.add_argument("--group", metavar="GROUP", help="let this group connect, not only root; needs SOCKET")
     add_wait(parser)
 
 

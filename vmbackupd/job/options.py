@@ -134,6 +134,8 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if self.socket is not None and (not self.socket.startswith("/") or "\0" in self.socket):
             raise InvalidArgument(f"the path of a socket must be absolute, not {self.socket!r}")
+        if self.group is not None and self.socket is None:
+            raise InvalidArgument("a group needs a socket in a directory it can enter: give its path as well")
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,6 +191,7 @@ def test_wrong_arguments_are_refused_by_name(address: str, member: str, argument
     ("Export", "sss", ("web-1", " ", "/out"), {}, ["the volume has no name"]),
     ("Import", "ss", ("/disk", ""), {}, ["no name"]),
     ("Serve", "ss", ("web-1", "vda"), {"socket": Variant("s", "s.sock")}, ["absolute"]),
+    ("Serve", "ss", ("web-1", "vda"), {"group": Variant("s", "kvm")}, ["needs a socket"]),
 ])
 def test_wrong_arguments_of_repository_care_are_refused_by_name(
         address: str, member: str, signature: str, arguments: tuple[Any, ...], options: dict[str, Variant],

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.api.support import SmallRunner
 from vmbackupd.config import Config, parse
 from vmbackupd.errors import ConfigError, InvalidArgument, KeyRequired, RepositoryMissing
+from vmbackupd.job import care as care_module
 from vmbackupd.job.care import RepositoryCare, Stage
+from vmbackupd.job.manager import JobContext, JobManager, Result
 from vmbackupd.job.observer import JobObserver
-from vmbackupd.job.options import InitOptions
+from vmbackupd.job.options import GcOptions, InitOptions
 from vmbackupd.job.repositories import Repositories
 from vmbackupd.model import Consistency, Method, RevertMode, VolumeKind, VolumeRecord
 from vmbackupd.repository import Manifest, Repository, VmIdentity
@@ -219,6 +222,59 @@ def test_nothing_is_pruned_after_a_backup_unless_that_is_configured(tmp_path: Pa
         assert (observer.current_step, observer.warnings) == ("", [])
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("stop_at", ["mark", "remove"])
+def test_a_gc_that_is_cancelled_ends_and_another_finishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                          stop_at: str) -> None:
+    repositories = made(tmp_path)
+    with repositories.use() as repository:
+        kept, gone = add_backup(repository, 1), add_backup(repository, 2)
+        repository.forget([gone])
+    reached, go_on = threading.Event(), threading.Event()
+    steps: list[str] = []
+
+    class Watched(Stage):
+        def __call__(self, step: str, done: int, total: int) -> None:
+            steps.append(step)
+            if step == stop_at and not reached.is_set():
+                reached.set()
+                assert go_on.wait(30)
+            super().__call__(step, done, total)
+
+    async def main() -> None:
+        care = RepositoryCare(configured(tmp_path))
+        manager = JobManager(OnlyCare(care))
+        job = manager.start_gc(GcOptions())
+        assert await asyncio.to_thread(reached.wait, 30), steps
+        job.cancel()
+        go_on.set()
+        await asyncio.wait_for(job.wait(), 30)
+        assert (job.state.value, job.error.code if job.error else "") == ("cancelled", "Cancelled")
+        again = manager.start_gc(GcOptions())
+        await asyncio.wait_for(again.wait(), 30)
+        assert again.state == "succeeded", again.error
+        assert again.result["waiting_packs"] == 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(care_module, "Stage", Watched)
+        asyncio.run(main())
+    with repositories.use() as repository:
+        assert [backup.id for backup in repository.backups()] == [kept]
+        assert repository.gc().removed_packs == 0
+        (volume,) = repository.manifest(kept).volumes
+        assert repository.image(str(volume.tree)).read(0, 4) == b"\2\2\2\2"
+
+
+class OnlyCare(SmallRunner):
+    """The tests' runner, with a true gc."""
+
+    def __init__(self, care: RepositoryCare) -> None:
+        super().__init__()
+        self._care = care
+
+    async def gc(self, job: JobContext, options: GcOptions) -> Result:
+        return await self._care.gc(job, options)
 
 
 def test_a_stage_tells_its_steps_once_and_ends_when_asked() -> None:
