@@ -10,9 +10,10 @@ from vmbackupd.cli import exits
 from vmbackupd.cli.client import JobView
 from vmbackupd.cli.follow import Detached, cancelled_text, follow, run_job
 from vmbackupd.cli.options import Subcommands, add_command, add_wait
+from vmbackupd.cli.progress import figure
 from vmbackupd.cli.session import Session
 from vmbackupd.cli.table import table
-from vmbackupd.cli.text import amount, moment, word
+from vmbackupd.cli.text import moment, word
 from vmbackupd.errors import BackupError, NotFound
 
 JOB_ID = re.compile(r"j[0-9a-f]{8}")
@@ -72,7 +73,9 @@ def document(view: JobView) -> dict[str, Any]:
 
 
 def _progress(view: JobView) -> str:
-    return f"{amount(view.done)} of {amount(view.total)}" if view.total else amount(view.done) if view.done else ""
+    if view.total:
+        return f"{figure(view, view.done)} of {figure(view, view.total)}"
+    return figure(view, view.done) if view.done else ""
 
 
 def _describe(result: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from vmbackupd.cli.text import amount, printable
 
 LINE_INTERVAL = 10.0  # seconds between two lines of progress inside a step
 BAR = 24  # characters
+COUNTING = frozenset({"gc"})  # kinds of jobs whose progress is in things (trees, packs), and not in bytes
 
 
 class Display(Protocol):
@@ -108,7 +109,7 @@ class Bar(Silent):
         if view.total or view.done:
             pieces.append(_bytes(view))
         elapsed = self._clock() - self._begin[0]
-        if elapsed > 1 and view.done > self._begin[1]:
+        if elapsed > 1 and view.done > self._begin[1] and view.kind not in COUNTING:
             pieces.append(f"{amount((view.done - self._begin[1]) / elapsed)}/s")
         return "  ".join(pieces)
 
@@ -119,5 +120,10 @@ def _title(view: JobView) -> str:
 
 def _bytes(view: JobView) -> str:
     if not view.total:
-        return amount(view.done)
-    return f"{100 * min(1.0, view.done / view.total):3.0f} %  {amount(view.done)} of {amount(view.total)}"
+        return figure(view, view.done)
+    return f"{100 * min(1.0, view.done / view.total):3.0f} %  {figure(view, view.done)} of {figure(view, view.total)}"
+
+
+def figure(view: JobView, value: int) -> str:
+    """A figure of a job's progress: bytes, or for some kinds of jobs a number of things."""
+    return str(value) if view.kind in COUNTING else amount(value)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import io
+from collections.abc import Callable
+
+import pytest
 
 from vmbackupd.cli.client import JobView
-from vmbackupd.cli.options import seconds
+from vmbackupd.cli.options import count, seconds, share, size
 from vmbackupd.cli.progress import LINE_INTERVAL, Bar, Lines
 from vmbackupd.cli.table import fields, table
 from vmbackupd.cli.text import amount, moment, precise_moment, word
@@ -31,6 +36,17 @@ def test_values_for_people() -> None:
     assert word(["a", {"b": True}]) == "a, b=yes"
     assert word("a\x1b[0m\nb") == "a\\x1b[0m\\nb"
     assert seconds("2s") == 2.0
+    assert [size(text) for text in ("7", "50MiB", "1.5 GiB", "2K")] == [7, 50 << 20, 3 << 29, 2048]
+    assert (share("30%"), share("0.5"), count("12")) == (0.3, 0.5, 12)
+
+
+@pytest.mark.parametrize(("read", "text"), [
+    (size, "0"), (size, "-1"), (size, "5 apples"), (size, "1e9"), (share, "101%"), (share, "nan"), (count, "-1"),
+    (count, "1.5"), (count, "١"), (size, "٣MiB"),
+])
+def test_wrong_values_are_refused(read: Callable[[str], object], text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="expected"):
+        read(text)
 
 
 def test_lines_are_few() -> None:
@@ -61,3 +77,14 @@ def test_a_bar_shows_the_rate_of_the_step() -> None:
     assert stream.getvalue().endswith("backup web: cancelling [........................]  2.0 KiB  1000 B/s")
     bar.clear()
     assert stream.getvalue().endswith("\r\x1b[K")
+
+
+def test_the_progress_of_a_gc_is_in_things_and_not_in_bytes() -> None:
+    now = 0.0
+    stream = io.StringIO()
+    bar = Bar(stream, lambda: now)
+    gc = dataclasses.replace(view(step="mark", done=0, total=8), kind="gc", vm="")
+    bar.show(gc)
+    now = 2.0
+    bar.show(dataclasses.replace(gc, done=2))
+    assert stream.getvalue().split("\r\x1b[K")[-1] == "gc: mark [######..................]   25 %  2 of 8"
