@@ -23,6 +23,7 @@ from vmbackupd.job.manager import JobManager
 
 log = logging.getLogger("daemon")
 
+CHATTY = ("botocore", "boto3", "s3transfer", "urllib3", "asyncio")  # libraries whose debug messages are not ours
 THREADS = 256  # at most; made when they are needed
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None, factory: RunnerFactory = libvirt_run
     """Run the daemon until it is told to stop; returns the exit status: 2 for a wrong configuration."""
     args = arguments.parse(argv)
     logging.basicConfig(level=args.log_level.upper(), handlers=[sd.log_handler()], force=True)
+    for library in CHATTY:
+        logging.getLogger(library).setLevel(max(logging.INFO, logging.getLogger().level))
     try:
         config = arguments.configuration(args)
         if args.show_config:

@@ -96,8 +96,8 @@ class JobRunner(Exchange):
         """
         job.observer.step("recover")
         await asyncio.to_thread(end_leftovers, self.config.runtime_directory)  # they lock images that are to be mended
-        await asyncio.to_thread(self._clean_repository)
         recovered = await recovery.recover_all(self.hypervisor, self.journals, job.others())
+        await asyncio.to_thread(self._clean_repository)  # after the guests, which must not wait for a slow storage
         for item in recovered:
             for failed in item.failed:
                 job.observer.warning(f"VM {item.vm}: {failed.undo}: {failed.error}")
@@ -142,7 +142,12 @@ class JobRunner(Exchange):
     # Shared by the jobs
 
     def _clean_repository(self) -> None:
-        """Remove what dead writers left in the repository. That it is missing is told when somebody needs it."""
+        """Remove what dead writers left in the repository. That it is missing is told when somebody needs it.
+
+        In an object store the next backup or gc does it: a daemon's start must not wait for a network.
+        """
+        if self.config.repository.path is None:
+            return
         try:
             with self.repositories.use() as repository:
                 repository.clean_up()

@@ -53,7 +53,7 @@ class Host:
                  "--log-level=debug"], cwd=ROOT_DIRECTORY,
                 env={**os.environ, "VMBACKUPD_BUS_ADDRESS": self.address, **environment},
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        deadline = time.monotonic() + DEADLINE
+        deadline = time.monotonic() + 3 * DEADLINE
         while self.ctl("jobs", check=False).returncode:
             assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.05)  # there is no event to wait for: the name comes up on the bus

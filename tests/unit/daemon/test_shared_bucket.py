@@ -88,6 +88,7 @@ def test_a_store_that_is_gone_is_an_error_that_names_it_and_no_hang(two: tuple[H
     one.restart()
     code, message = one.error("list")
     assert code.startswith("Storage") and "127.0.0.1:9" in message
+    assert one.ctl("jobs").returncode == 0  # and no reason for the daemon not to start
 
 
 def test_what_the_store_has_locked_goes_when_it_may(ceph: Ceph, address: str, tmp_path: Path) -> None:
