@@ -19,6 +19,8 @@ import pytest
 
 from tests.unit.api.support import DEADLINE, ROOT_DIRECTORY, cli_command, cli_environment
 
+pytestmark = pytest.mark.slow
+
 MiB = 2**20
 SIZE = 24 * MiB
 

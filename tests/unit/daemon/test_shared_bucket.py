@@ -12,6 +12,8 @@ from tests.lab.ceph import Ceph
 from tests.unit.api.support import BusDaemon
 from tests.unit.daemon.test_repository_care import Host, MiB, wait_for
 
+pytestmark = pytest.mark.slow
+
 
 def hosts_on(ceph: Ceph, bucket: str, directory: Path, addresses: list[str]) -> list[Host]:
     """A host for each bus, with the same repository and the same key."""
