@@ -68,12 +68,12 @@ def measure(bench: Bench, groups: Sequence[Sequence[Entry]], runs: int) -> dict[
             for entry in group:
                 if entry.tool not in (OURS, LIMIT) and shutil.which(entry.tool) is None:
                     if turn == 0:
-                        print(f"{entry.work:22} {entry.tool:12} is not installed", flush=True)
+                        print(f"{entry.work:22} {entry.tool:13} is not installed", flush=True)
                     continue
                 sample = entry.measure(bench)
                 rows.setdefault((entry.work, entry.tool), Row(entry.work, entry.tool, [])).samples.append(sample)
                 print(
-                    f"{entry.work:22} {entry.tool:12} {sample.seconds:9.3f} s  {sample.peak_rss / MiB:6.0f} MiB peak  "
+                    f"{entry.work:22} {entry.tool:13} {sample.seconds:9.3f} s  {sample.peak_rss / MiB:6.0f} MiB peak  "
                     f"{sample.bytes_stored / MiB:8.1f} MiB stored",
                     flush=True,
                 )
@@ -82,11 +82,11 @@ def measure(bench: Bench, groups: Sequence[Sequence[Entry]], runs: int) -> dict[
 
 def show(rows: dict[tuple[str, str], Row]) -> bool:
     """Print both tables; whether every target that could be looked at holds."""
-    print(f"\n{'work':22} {'tool':12} {'median':>10} {'MiB/s':>8} {'stored':>10} {'peak':>9}")
+    print(f"\n{'work':22} {'tool':13} {'median':>10} {'MiB/s':>8} {'stored':>10} {'peak':>9}")
     for row in rows.values():
         speed = f"{chart.speed(row):8.0f}" if row.seconds > 0 and row.bytes_in else f"{'':8}"
         print(
-            f"{row.work:22} {row.tool:12} {row.seconds:8.3f} s {speed} {row.bytes_stored / MiB:6.1f} MiB "
+            f"{row.work:22} {row.tool:13} {row.seconds:8.3f} s {speed} {row.bytes_stored / MiB:6.1f} MiB "
             f"{row.peak_rss / MiB:5.0f} MiB"
         )
     print(f"\n{'target':58} {'bound':>10} {'measured':>10}")

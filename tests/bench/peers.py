@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 import shlex
+import tempfile
 from pathlib import Path
 
 from tests.bench.measure import Finished, Sample, remove, run, settle, stored_below
 from tests.bench.works import Bench, check_same
+from tests.lab.services import Processes, open_libvirt, start_libvirt
 
 
 def _sample(bench: Bench, done: Finished, stored: int) -> Sample:
@@ -80,6 +82,36 @@ def nbdcopy_backup(bench: Bench) -> Sample:
     return _writes(
         bench, ["nbdcopy", "--destination-is-zero", "--", "[", "nbdkit", "file", bench.image, "]", target], target
     )
+
+
+# ---- virtnbdbackup
+
+DOMAIN = """<domain type='qemu'><name>bench</name><memory>65536</memory>
+<os><type arch='x86_64' machine='q35'>hvm</type></os><devices><disk type='file' device='disk'>
+<driver name='qemu' type='qcow2'/><source file='{disk}'/><target dev='vda' bus='virtio'/></disk></devices></domain>"""
+
+
+def virtnbdbackup_backup(bench: Bench) -> Sample:
+    """A shut-off guest with the image as its disk, in a libvirtd of our own; lz4 is all it can compress with."""
+    disk, target = bench.path("guest.qcow2"), bench.path("backup-virtnbdbackup")
+    if not disk.exists():
+        run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", bench.image, disk])
+    with tempfile.TemporaryDirectory(prefix="vmbackupd-bench-", dir="/tmp", ignore_cleanup_errors=True) as directory:
+        processes = Processes(Path(directory))
+        try:
+            uri = start_libvirt(processes, Path(directory))
+            connection = open_libvirt(uri)
+            connection.defineXML(DOMAIN.format(disk=disk))
+            connection.close()
+            settle(disk)
+            # it asks for a user where the URI has a socket; this libvirtd does not
+            options = ["--user", "bench", "--password", "bench", "-n", "-z", "-f", bench.path("virtnbdbackup.sock")]
+            done = run(["virtnbdbackup", "-U", uri, "-d", "bench", "-l", "copy", "-o", target, *options])
+        finally:
+            processes.close()
+    stored = stored_below(target)
+    remove(target)
+    return _sample(bench, done, stored)
 
 
 # ---- borg

@@ -30,6 +30,7 @@ GROUPS: list[list[Entry]] = [
         Entry("full-backup", "qemu-img", peers.qemu_img_backup),
         Entry("full-backup", "borg", peers.borg_backup),
         Entry("full-backup", "restic", peers.restic_backup),
+        Entry("full-backup", "virtnbdbackup", peers.virtnbdbackup_backup),
         Entry("full-backup", "zstd", peers.zstd_backup),
         Entry("full-backup", "nbdcopy", peers.nbdcopy_backup),
         Entry("parallel-16", OURS, works.parallel_16),
