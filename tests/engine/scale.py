@@ -173,7 +173,7 @@ def work_writer(path: Path, tree: str) -> None:
 
     def begin() -> None:
         present = repository.catalog.pack_ids()
-        index = repository.catalog.for_writer(present, set(list(present)[:100]))
+        index = repository.catalog.for_writer(present, set(sorted(present)[:100]))
         assert index.lookup(bytes.fromhex(tree)) is not None
 
     timed("for_writer", begin)

@@ -399,7 +399,7 @@ def test_what_gc_moves_meanwhile_is_no_damage(path: Path) -> None:
     storage = FaultyStorage(LocalStorage(path), descriptors=False)
     listings = 0
 
-    def listed(prefix: str) -> Iterator[ObjectInfo]:
+    def listed(prefix: str, *, sizes: bool = True) -> Iterator[ObjectInfo]:
         nonlocal listings
         found = list(storage.storage.list(prefix))
         if prefix == "packs/":
