@@ -23,8 +23,8 @@ def test_a_full_filesystem(tmp_path: Path) -> None:
     """On a tmpfs of 16 MiB, in a mount namespace of its own: nothing is left of it, however the test ends."""
     possible = os.geteuid() == 0 and shutil.which("unshare") is not None
     require("root's rights and unshare", possible)
-    run = f"exec {sys.executable} -m tests.unit.repository.test_full_disk {tmp_path}"
-    script = f"mount -t tmpfs -o size=16m none {tmp_path} && {run}"
+    program = f"{sys.executable} -m tests.unit.repository.test_full_disk {tmp_path}"
+    script = f"mount -t tmpfs -o size=16m none {tmp_path} && exec {program}"
     argv = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, "passed\n"), done.stderr

@@ -13,7 +13,7 @@ import pytest
 
 from tests.unit.repository.repository_support import CHUNK, SETTINGS, manifest, sparse_image, volume
 from tests.unit.repository.stores import Store, make_store
-from vmbackupd.errors import BackupError, RepositoryMissing
+from vmbackupd.errors import BackupError, ObjectLocked, RepositoryMissing
 from vmbackupd.repository import KeyFile, Repository
 from vmbackupd.repository.header import NAME as HEADER_NAME
 from vmbackupd.repository.header import Header
@@ -106,6 +106,33 @@ def test_two_hosts_at_the_same_time(place: Store) -> None:
         for name, image in images.items():
             assert restored(repository, name) == restored(repository, f"{name}-again") == image
         assert list(repository.storage.list("sessions/")) == list(repository.storage.list("leases/")) == []
+
+
+def test_room_is_given_back_while_another_host_writes(place: Store) -> None:
+    """What one host forgets and collects, the other's backup still has, though it was written at the same time."""
+    images = [sparse_image(random.Random(seed), 60 * CHUNK) for seed in (11, 12)]
+    with make(place) as one, join(place) as two:
+        back_up(one, "old", images[0])
+        with two.writer("new") as writer:
+            sink = writer.image(len(images[0]))
+            sink.write(0, images[0])  # its chunks are in the old backup's packs
+            try:
+                one.forget(["old"])
+            except ObjectLocked:
+                assert place.kind == "locked"
+            one.gc()
+            tree = sink.finish()
+            writer.publish(manifest("new", volume("vda", tree, len(images[0]))))
+        one.gc()
+        assert restored(two, "new") == images[0]
+        assert restored(one, "new") == images[0]
+        if place.kind != "locked":
+            assert [summary.id for summary in one.backups()] == ["new"]
+            two.forget(["new"])
+            two.gc()
+            assert list(one.storage.list("packs/")) == []
+        back_up(one, "last", images[1])
+        assert restored(two, "last") == images[1]
 
 
 def test_two_hosts_that_publish_the_same_id(plain: Store) -> None:
