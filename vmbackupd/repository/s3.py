@@ -27,7 +27,7 @@ CACHED = ("indexes",)
 """First parts of the names that ``open`` copies to files."""
 DOWNLOAD = 16 * 2**20
 STALE_UPLOAD = 86400.0  # seconds after which nobody can be working on an upload in parts any more
-RESOLUTION = 1.0  # seconds: a store tells times in whole ones
+ROUNDED = 2.0  # seconds by which the difference of two times in HTTP's headers can be too large
 STALE_LEASE = 10  # lifetimes of a lease after which one without a claim is removed
 
 
@@ -179,7 +179,7 @@ class S3Storage:
             if key != name and self.stat(name) is None:
                 return False
             age = self.client.server_time() - float(head.fields["LastModified"].timestamp())
-            return age > self.capabilities.lease_seconds + RESOLUTION
+            return age > self.capabilities.lease_seconds + ROUNDED
         return False
 
     def remove_temporaries(self) -> int:
