@@ -273,9 +273,11 @@ def test_a_slow_verify_is_stopped_and_goes_on_where_it_was(host: Host) -> None:
     host.sections["repository"]["pack_size"] = "1 MiB"
     host.start()
     host.ctl("repository", "init")
-    host.backup(host.image("disk.raw", 9))
+    image = host.directory / "disk.raw"
+    image.write_bytes(random.Random(9).randbytes(12 * MiB))
+    host.backup(image)
     stored = sum(host.packs().values())
-    job = host.json("verify", "--data", "--rate", "256KiB", "--no-wait")["job"]
+    job = host.json("verify", "--data", "--rate", "256KiB", "--no-wait")["job"]  # three quarters of a minute
     assert host.error("verify")[0] == "Busy"
     progress = wait_for(host, job, lambda view: view["done"] > MiB * 3 // 2)  # a whole pack at least
     assert progress["done"] <= progress["total"] == stored
