@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from tests.unit.repository.repository_support import make
 from vmbackupd.engine.copyloop import Progress
 from vmbackupd.engine.filein import read_file
 from vmbackupd.errors import SourceError
-from vmbackupd.repository import RepositoryWriter
+from vmbackupd.repository import LocalStorage
+from vmbackupd.repository.catalog import PACKS
 
 
 def sparse_file(path: Path, rng: random.Random, chunk: int) -> int:
@@ -55,13 +57,14 @@ def test_a_file_that_shrinks_is_an_error_and_the_writer_goes_on(
     repository = make(tmp_path / "repository")
     path = tmp_path / "image"
     path.write_bytes(rng.randbytes(8 << 20))
-    put = RepositoryWriter._put_pack
+    put = LocalStorage.put_if_absent
 
-    def put_and_truncate(self: RepositoryWriter, pack_id: bytes, parts: list[Buffer]) -> None:
-        os.truncate(path, 4096)
-        put(self, pack_id, parts)
+    def truncate_and_put(self: LocalStorage, name: str, parts: Iterable[Buffer]) -> bool:
+        if name.startswith(f"{PACKS}/"):
+            os.truncate(path, 4096)
+        return put(self, name, parts)
 
-    monkeypatch.setattr(RepositoryWriter, "_put_pack", put_and_truncate)
+    monkeypatch.setattr(LocalStorage, "put_if_absent", truncate_and_put)
     with repository.writer("one") as writer, path.open("rb") as file:
         sink = writer.image(8 << 20)
         with pytest.raises(SourceError, match=r"the disk: it ends before byte \d+: it was truncated"):
