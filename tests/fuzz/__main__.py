@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,9 @@ from tests import variant
 from tests.fuzz.targets import TARGETS
 
 CORPUS = Path(__file__).parent / "corpus"
+KEPT = 96 << 10
+FILES = 80
+"""Most bytes and files of the saved corpus of one target."""
 STATUS = re.compile(r"#(\d+)\s+\w+\s+cov: (\d+) ft: (\d+) corp: (\d+)")
 NATIVE = re.compile(r"INFO: Loaded (\d+) modules\s+\((\d+) inline 8-bit counters\)")
 
@@ -36,27 +40,19 @@ def tree() -> Path:
     return variant.build("fuzz", {"VMBACKUPD_FUZZ": "1"})
 
 
-def fuzz(root: Path, name: str, seconds: int, *, corpus: Path | None = None, runs: int = -1) -> Result:
-    """Fuzz one target for so long, or so many inputs; new inputs go to ``corpus``."""
+def fuzz(root: Path, name: str, seconds: int, *, corpus: Path | None = None) -> Result:
+    """Fuzz one target for so long; new inputs go to ``corpus``."""
     work = root / "found" / name
     work.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(TARGETS[name].seeds()):
         (work / f"seed-{number}").write_bytes(seed)
-    site = Path(variant.python_packages())
     words = [
-        sys.executable, "-m", "tests.fuzz.inside", name, f"-max_total_time={seconds}", f"-runs={runs}",
-        f"-max_len={TARGETS[name].longest}", f"-artifact_prefix={root}/crash-{name}-", "-timeout=20",
-        "-rss_limit_mb=2048", "-print_final_stats=1", str(corpus or work), str(work),
+        f"-max_total_time={seconds}", f"-max_len={TARGETS[name].longest}", f"-artifact_prefix={root}/crash-{name}-",
+        "-timeout=20", "-rss_limit_mb=2048", str(corpus or work), str(work),
     ]  # fmt: skip
     if (CORPUS / name).is_dir():
         words.append(str(CORPUS / name))
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": str(site / "asan_with_fuzzer.so"),
-        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:handle_sigill=1",
-        "PYTHONPATH": str(root),
-    }
-    done = subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    done = inside(root, name, words)
     said = done.stderr + done.stdout
     statuses = STATUS.findall(said)
     last = [int(value) for value in statuses[-1]] if statuses else [0, 0, 0, 0]
@@ -65,28 +61,32 @@ def fuzz(root: Path, name: str, seconds: int, *, corpus: Path | None = None, run
 
 
 def keep(root: Path, name: str) -> int:
-    """Merge what was found into the saved corpus, smallest inputs first; how many inputs it has now."""
+    """Add what the fuzzer found to the saved corpus, the smallest inputs first, up to KEPT bytes; how many it has now.
+
+    The fuzzer saves an input when it covers something new; its own merging starts programs, which Python is none of.
+    """
     target = CORPUS / name
     target.mkdir(parents=True, exist_ok=True)
-    site = Path(variant.python_packages())
+    size = sum(path.stat().st_size for path in target.iterdir())
+    for path in sorted((root / "found" / name).iterdir(), key=lambda path: (path.stat().st_size, path.name)):
+        if size + path.stat().st_size > KEPT or len(list(target.iterdir())) >= FILES:
+            break
+        if not path.name.startswith("seed-") and not (target / path.name).exists():
+            shutil.copyfile(path, target / path.name)
+            size += path.stat().st_size
+    return len(list(target.iterdir()))
+
+
+def inside(root: Path, name: str, words: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """One target in its process, with the fuzzer's library."""
     environment = {
         **os.environ,
-        "LD_PRELOAD": str(site / "asan_with_fuzzer.so"),
-        "PYTHONPATH": str(root),
+        "LD_PRELOAD": str(Path(variant.python_packages()) / "asan_with_fuzzer.so"),
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:handle_sigill=1",
+        "PYTHONPATH": str(root),
     }
-    words = [
-        sys.executable,
-        "-m",
-        "tests.fuzz.inside",
-        name,
-        "-merge=1",
-        "-max_len=4096",
-        str(target),
-        str(root / "found" / name),
-    ]
-    subprocess.run(words, cwd=root, env=environment, check=True, capture_output=True)
-    return len(list(target.iterdir()))
+    argv = [sys.executable, "-m", "tests.fuzz.inside", name, *words]
+    return subprocess.run(argv, cwd=root, env=environment, capture_output=True, text=True, check=False)
 
 
 def main(words: Sequence[str]) -> int:
