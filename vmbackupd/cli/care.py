@@ -151,6 +151,7 @@ def _describe_gc(result: dict[str, Any]) -> str:
         ("packs that wait", word(result.get("waiting_packs"))),
         ("waiting for", word(result.get("waiting_for"))),
         ("damaged packs", word(result.get("damaged_packs"))),
+        ("locks renewed", word(result.get("locks_renewed") or None)),
         ("packs the store has locked", word(result.get("locked_packs") or None)),
         ("locked by the store", _until(result)),
     ])  # fmt: skip

@@ -15,10 +15,14 @@ from vmbackupd.engine.index import IndexSet
 from vmbackupd.errors import ObjectLocked, RepositoryCorrupt, RepositoryFull
 from vmbackupd.repository import sessions
 from vmbackupd.repository.catalog import pack_name
+from vmbackupd.repository.condemned import manifests_in
 from vmbackupd.repository.copier import Copier
 from vmbackupd.repository.forget import remove_manifests
+from vmbackupd.repository.header import NAME as HEADER_NAME
+from vmbackupd.repository.keys import KEYS
 from vmbackupd.repository.live import View, look
 from vmbackupd.repository.sessions import SESSION_ID
+from vmbackupd.repository.settle import MANIFESTS
 
 if TYPE_CHECKING:
     from vmbackupd.engine.liveset import Record
@@ -42,7 +46,8 @@ class GcResult:
     ``freed_bytes``: packs that are gone now, and their bytes; ``repacked_bytes``: what was written again of them;
     ``waiting_packs``: condemned packs that stay for now, because of the sessions ``waiting_for``; ``damaged_packs``:
     ids of those that stay because something that is needed of them cannot be read; ``locked_packs``: those that the
-    store does not let go before ``locked_until`` (seconds since 1970), when a ``gc`` removes them.
+    store does not let go before ``locked_until`` (seconds since 1970), when a ``gc`` removes them; ``locks_renewed``:
+    objects of backups that stay whose object lock lasts anew.
     """
 
     condemned_packs: int = 0
@@ -54,6 +59,7 @@ class GcResult:
     damaged_packs: list[str] = field(default_factory=list)
     locked_packs: int = 0
     locked_until: float | None = None
+    locks_renewed: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     dry_run: bool = False
 
@@ -91,7 +97,7 @@ class Collector:
         self._repository.rebuild_index()
         at_work = sessions.listed(self._storage, self._repository.header, details=False).keys()
         view = look(self._repository, self._progress)
-        dead, sparse = self._choose(view, at_work)
+        dead, sparse, used = self._choose(view, at_work)
         if dry_run:
             self._foretell(view, dead, sparse)
             return self.result
@@ -103,6 +109,7 @@ class Collector:
             if self._full is None:
                 self._condemn(sparse, SPARSE)
                 self._sweep(view)
+        self._renew_locks(view, used)
         self._tell_waiting()
         if self._full is not None:
             raise self._full
@@ -110,8 +117,9 @@ class Collector:
 
     # ---- choosing
 
-    def _choose(self, view: View, at_work: Collection[bytes]) -> tuple[list[bytes], list[bytes]]:
-        """Packs of which nothing is needed, and packs that are worth repacking. A wrong choice costs work, no data."""
+    def _choose(self, view: View, at_work: Collection[bytes]) -> tuple[list[bytes], list[bytes], list[bytes]]:
+        """Packs of which nothing is needed, packs that are worth repacking, and those that stay. A wrong choice costs
+        work, no data."""
         # What a session is about to publish looks unneeded until then.
         usable = {pack for pack in view.sound - view.condemned if pack[:SESSION_ID] not in at_work}
         usage = view.live.pack_usage(usable)
@@ -126,7 +134,7 @@ class Collector:
                 break
             sparse.append(pack)
             wasted -= size - live
-        return dead, sparse
+        return dead, sparse, sorted(used.keys() - set(sparse))
 
     def _foretell(self, view: View, dead: Sequence[bytes], sparse: Sequence[bytes]) -> None:
         usage = view.live.pack_usage([*dead, *sparse])
@@ -227,6 +235,15 @@ class Collector:
             except RepositoryFull as reason:  # entries of packs that are gone hurt nobody
                 log.warning("%s: the indexes are not made smaller: %s", self._storage.place, reason)
         return gone
+
+    def _renew_locks(self, view: View, packs: Iterable[bytes]) -> None:
+        """A backup can rely on packs much older than itself: their object locks must not end before its own."""
+        objects = [HEADER_NAME, *(info.name for info in self._storage.list(f"{KEYS}/"))]
+        forgotten = manifests_in(self._verdicts.listed())
+        objects += [f"{MANIFESTS}/{name}" for name in sorted(view.names - forgotten)]
+        objects += [pack_name(pack) for pack in packs]
+        self._progress("renew locks", 0, len(objects))
+        self.result.locks_renewed = self._storage.renew(objects)
 
     def _locked(self, reason: ObjectLocked) -> None:
         log.debug("%s", reason)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import random
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,21 @@ def test_room_is_given_back_while_another_host_writes(place: Store) -> None:
             assert list(one.storage.list("packs/")) == []
         back_up(one, "last", images[1])
         assert restored(two, "last") == images[1]
+
+
+def test_a_collection_renews_the_locks_of_what_backups_rely_on(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """A new backup of an old disk relies on packs whose locks began long before its own."""
+    with make_store("locked", tmp_path, request) as place, make(place) as repository:
+        back_up(repository, "one", sparse_image(random.Random(13), 60 * CHUNK))
+        assert repository.gc().locks_renewed == 0
+        storage = repository.storage
+        storage.objects.capabilities = dataclasses.replace(storage.objects.capabilities, lock_days=5.0)
+        needed = {"repository.json", "manifests/one"} | {info.name for info in storage.list("packs/")}
+        assert repository.gc().locks_renewed == len(needed)
+        for name in needed:
+            with pytest.raises(ObjectLocked) as caught:
+                storage.delete(name)
+            assert (caught.value.until or 0) - time.time() > 4 * 86400
 
 
 def test_two_hosts_that_publish_the_same_id(plain: Store) -> None:
