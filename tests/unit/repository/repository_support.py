@@ -218,6 +218,9 @@ class FaultyStorage:
     def abandoned(self, name: str) -> bool:
         return self._run(f"abandoned {name}", lambda: self.storage.abandoned(name))
 
+    def renew(self, names: Iterable[str]) -> int:
+        return self._run("renew", lambda: self.storage.renew(names))
+
     def remove_temporaries(self) -> int:
         return self.storage.remove_temporaries()
 
