@@ -36,7 +36,7 @@ SETTINGS = Settings(workers=2, pack_size=32 * CHUNK)
 CHUNKS = 120
 KEPT = 4
 LONGEST = 0.4  # seconds between kills, at most
-SMALL_DISK = 6 * 2**20
+SMALL_DISK = 1200 * 2**10
 ROLES = ("full", "update", "prune", "gc", "gc")
 
 
