@@ -293,6 +293,17 @@ class Catalog:
             return None
         return IndexFile(descriptor, keys.seal, repository, index_name(index_id), index_id)
 
+    def give_up_one(self) -> bool:
+        """Remove the smallest index file, which can be made again from its packs, to make room for what cannot wait:
+        False if there is none. StorageError."""
+        found = sorted(self._storage.list(f"{INDEXES}/"), key=lambda info: info.size)
+        if not found:
+            return False
+        name = found[0].name
+        log.warning("%s is full: %s is removed, it is made again when there is room", self._storage.place, name)
+        self._storage.delete(name)
+        return True
+
     # ---- making them again
 
     def rebuild(self, unfinished: Iterable[bytes], condemned: Iterable[bytes] = ()) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
-from vmbackupd.errors import RepositoryCorrupt
+from vmbackupd.errors import RepositoryCorrupt, RepositoryFull
 from vmbackupd.repository import envelope, sessions
 from vmbackupd.repository.catalog import PACK_ID, object_id
 from vmbackupd.repository.header import Header
@@ -38,9 +38,12 @@ class Condemned:
 class Verdicts:
     """The verdicts that stand in a repository. Objects that were read once are not read again."""
 
-    def __init__(self, storage: Storage, header: Header) -> None:
+    def __init__(self, storage: Storage, header: Header, make_room: Callable[[], bool]) -> None:
+        """``make_room`` is asked where the storage has no room for a verdict, without which nothing can ever be freed:
+        true if it gave something up."""
         self._storage = storage
         self._header = header
+        self._make_room = make_room
         self._known: dict[str, Condemned] = {}
 
     def add(self, packs: Iterable[bytes], manifests: Iterable[str], reason: str) -> Condemned:
@@ -138,7 +141,13 @@ class Verdicts:
 
     def _put(self, name: str, magic: bytes, content: dict[str, object]) -> None:
         data = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
-        self._storage.put_if_absent(name, [envelope.seal(magic, self._header, data)])
+        while True:
+            try:
+                self._storage.put_if_absent(name, [envelope.seal(magic, self._header, data)])
+                return
+            except RepositoryFull:
+                if not self._make_room():
+                    raise
 
 
 def packs_in(verdicts: Collection[Condemned]) -> set[bytes]:

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 THRESHOLD = 0.5
 SLACK = 0.1
+BATCH = 500  # packs that are removed at once
 DEAD = "nothing in them is needed"
 SPARSE = "little in them is needed"
 
@@ -218,17 +219,11 @@ class Collector:
     def _remove(self, packs: Sequence[bytes], here: dict[bytes, int]) -> set[bytes]:
         """Remove packs; those that are gone now. The verdict on one that the store has locked goes on to stand."""
         gone: set[bytes] = set()
-        for number, pack in enumerate(packs):
-            self._progress("remove", number, len(packs))
-            try:
-                if self._storage.delete(pack_name(pack)):
-                    self.result.removed_packs += 1
-                    self.result.freed_bytes += here[pack]
-            except ObjectLocked as reason:
-                self._locked(reason)
-                self.result.locked_packs += 1
-                continue
-            gone.add(pack)
+        for first in range(0, len(packs), BATCH):
+            self._progress("remove", first, len(packs))
+            gone |= self._remove_batch(packs[first : first + BATCH])
+        self.result.removed_packs += len(gone)
+        self.result.freed_bytes += sum(here[pack] for pack in gone)
         if gone:
             try:
                 self._catalog.rewrite(gone)
@@ -244,6 +239,22 @@ class Collector:
         objects += [pack_name(pack) for pack in packs]
         self._progress("renew locks", 0, len(objects))
         self.result.locks_renewed = self._storage.renew(objects)
+
+    def _remove_batch(self, packs: Sequence[bytes]) -> set[bytes]:
+        try:
+            self._storage.delete_many([pack_name(pack) for pack in packs])
+            return set(packs)
+        except ObjectLocked:
+            pass  # some of them: which ones is told one by one
+        gone: set[bytes] = set()
+        for pack in packs:
+            try:
+                self._storage.delete(pack_name(pack))
+                gone.add(pack)
+            except ObjectLocked as reason:
+                self._locked(reason)
+                self.result.locked_packs += 1
+        return gone
 
     def _locked(self, reason: ObjectLocked) -> None:
         log.debug("%s", reason)

@@ -81,7 +81,7 @@ class Repository:
         self.header = header
         self.settings = settings
         self.catalog = Catalog(storage, header)
-        self.verdicts = Verdicts(storage, header)
+        self.verdicts = Verdicts(storage, header, self.catalog.give_up_one)
         self._lock = threading.Lock()
         self._reader: ChunkReader | None = None
 

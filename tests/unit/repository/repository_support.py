@@ -207,6 +207,9 @@ class FaultyStorage:
     def delete(self, name: str) -> bool:
         return self._run(f"delete {name}", lambda: self.storage.delete(name))
 
+    def delete_many(self, names: Iterable[str]) -> int:
+        return sum(self.delete(name) for name in list(names))
+
     def open(self, name: str) -> int | None:
         if not self.descriptors:
             return None

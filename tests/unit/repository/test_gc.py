@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -339,6 +339,48 @@ def test_no_room_for_copies(repository: Repository, path: Path) -> None:
     assert [name for name in objects(path) if name.startswith("sessions")] == []
     repository.gc()
     assert sum(map(len, objects(path).values())) < 1.2 * 100 * CHUNK
+
+
+class Full(FaultyStorage):
+    """A disk on which not a byte is free, but for what was removed since."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(LocalStorage(path))
+        self.free = 0
+
+    def put_if_absent(self, name: str, parts: Iterable[Any]) -> bool:
+        data = b"".join(bytes(part) for part in parts)
+        if len(data) > self.free:
+            raise RepositoryFull("no space left")
+        self.free -= len(data)
+        return super().put_if_absent(name, [data])
+
+    def claim(self, name: str, data: bytes) -> Any:
+        if len(data) > self.free:
+            raise RepositoryFull("no space left")
+        return super().claim(name, data)
+
+    def delete(self, name: str) -> bool:
+        found = self.storage.stat(name)
+        self.free += found.size if found is not None else 0
+        return super().delete(name)
+
+
+def test_a_disk_that_is_full_to_the_last_byte(repository: Repository, path: Path) -> None:
+    """An index makes room for the verdict: it can be made again."""
+    image = noise(1, 60)
+    store(repository, "one", noise(2, 100) + image)
+    store(repository, "two", image)
+    storage = Full(path)
+    full = Repository.open(storage, settings=SMALL, keys=keys_of(storage))
+    full.forget(["one"])
+    result = full.gc()
+    assert result.removed_packs > 5
+    assert storage.free > 80 * CHUNK
+    assert read(reopen(path), "two") == image
+    repository.gc()
+    assert kinds(path) == {"packs", "indexes", "manifests"}
+    assert repository.catalog.covered() >= set(repository.catalog.list_packs())
 
 
 class Lease(FaultyStorage):
