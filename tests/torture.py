@@ -231,11 +231,14 @@ class Child:
         os.set_blocking(self.output, False)
 
     def read(self) -> list[str]:
-        """The lines it printed since."""
+        """The lines it printed since. AssertionError if it has ended by itself."""
         try:
             data = os.read(self.output, 2**16)
         except BlockingIOError:
             return []
+        if not data:
+            self._process.wait(60)
+            self.kill()  # says why it ended
         *lines, self._rest = (self._rest + data).split(b"\n")
         self.ready = self.ready or b"ready" in lines
         return [line.decode() for line in lines]
