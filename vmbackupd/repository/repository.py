@@ -50,6 +50,7 @@ MANIFEST_MAGIC = b"VMBKMANI"
 CHUNK_SIZE = 64 * 1024
 FANOUT = 128
 LARGEST_BLOB = 256 * 2**20
+VERDICT = 2**16  # packs that one verdict is about
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,7 +315,12 @@ class Repository:
     def condemn(self, packs: Iterable[bytes], *, manifests: Iterable[str] = (), reason: str) -> None:
         """From now on nobody new relies on these packs (ids); ``gc`` removes them when nobody is left who did, and what
         is needed of them is stored elsewhere. ``manifests``: last parts of names. StorageError, RepositoryFull."""
-        self.verdicts.add(packs, manifests, reason)
+        ids = sorted(packs)
+        names = frozenset(manifests)
+        if names:
+            self.verdicts.add((), names, reason)
+        for first in range(0, len(ids), VERDICT):
+            self.verdicts.add(ids[first : first + VERDICT], (), reason)
 
     def forget(self, backup_ids: Iterable[str]) -> ForgetResult:
         """Forget these backups, all or none: they are gone at once, their space after the next ``gc``.

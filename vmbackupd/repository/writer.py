@@ -97,6 +97,7 @@ class RepositoryWriter:
         RepositoryCorrupt, StorageError.
         """
         self._check_open()
+        self.repository.verdicts.listed()  # one that cannot be read could be on this very backup
         manifest = self.repository.manifest(backup_id)  # the session was claimed: nobody forgets it under our hands
         self._complete.update(manifest.trees())
         return manifest

@@ -319,7 +319,25 @@ def test_verdicts_that_cannot_be_read(repository: Repository, path: Path) -> Non
             work()
     assert read(reopen(path), "one") == noise(1, 3)
     verdict.unlink()
+    with reopen(path).writer("two") as writer:
+        verdict.write_bytes(good[:-1])
+        with pytest.raises(RepositoryCorrupt, match=verdict.name):
+            writer.base("one")  # it could be what was forgotten
+    verdict.unlink()
     reopen(path).gc()
+    assert kinds(path) == {"packs", "indexes", "manifests"}
+
+
+def test_many_packs_at_once(repository: Repository, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmbackupd.repository.repository.VERDICT", 4)
+    monkeypatch.setattr("vmbackupd.repository.gc.BATCH", 3)
+    store(repository, "one", noise(1, 200))
+    packs = repository.catalog.list_packs()
+    with repository.reading("one"):
+        repository.condemn(packs, reason="test")
+    assert len(list((path / "condemned").iterdir())) == -(-len(packs) // 4) > 2
+    assert repository.gc().removed_packs == len(packs)
+    assert read(reopen(path), "one") == noise(1, 200)
     assert kinds(path) == {"packs", "indexes", "manifests"}
 
 
