@@ -250,6 +250,8 @@ class Ceph:
     def credentials_file(self, directory: Path) -> Path:
         """A file with the keys, in the format that the AWS tools share."""
         path = directory / "credentials"
+        if path.exists():
+            return path  # somebody may be reading it
         path.write_text(
             f"[default]\naws_access_key_id = {self.access_key}\naws_secret_access_key = {self.secret_key}\n"
         )
