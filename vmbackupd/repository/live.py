@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LOOKS = 4
+LOOKS = 5
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ def look(repository: Repository, progress: Callable[[str, int, int], None], befo
     names = repository.manifest_names()
     if before is not None and names <= before.names:
         return before
-    for attempt in range(1, LOOKS):
+    attempt = 1
+    while True:
         try:
             return _look(repository, names, progress)
         except RepositoryCorrupt as reason:
@@ -51,8 +52,11 @@ def look(repository: Repository, progress: Callable[[str, int, int], None], befo
             # packs themselves.
             log.info("%s: look %d: %s", repository.storage.place, attempt, reason)
             repository.rebuild_index()
-            names = repository.manifest_names()
-    return _look(repository, names, progress)
+            known, names = names, repository.manifest_names()
+            if names >= known:  # else perhaps it was one that was forgotten meanwhile: that is no reason to give up
+                attempt += 1
+            if attempt == LOOKS:
+                raise
 
 
 def _look(repository: Repository, names: set[str], progress: Callable[[str, int, int], None]) -> View:

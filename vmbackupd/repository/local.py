@@ -266,7 +266,8 @@ class LocalStorage:
         except FileNotFoundError:
             return False  # it was released: whoever made it ended in good order
         try:
-            return _lock_is_free(descriptor)
+            # without a name: it was released after we opened it, and its maker ended in good order
+            return _lock_is_free(descriptor) and os.fstat(descriptor).st_nlink > 0
         finally:
             os.close(descriptor)
 

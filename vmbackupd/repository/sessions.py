@@ -186,6 +186,10 @@ def remove_orphans(storage: Storage) -> None:
             storage.delete(info.name)
 
 
-def is_covered(storage: Storage, session: bytes) -> bool:
-    """Could somebody else rely on this session's packs?"""
-    return storage.stat(_covered_name(session)) is not None
+def is_private(storage: Storage, session: bytes) -> bool:
+    """Are the packs of this session, whose owner ended, nobody else's? False if it is gone.
+
+    The order matters: its mark is removed after its object. So if the object is there after the mark was looked for, a
+    mark that was not found was never put; if it is not, the session ended in good order meanwhile.
+    """
+    return storage.stat(_covered_name(session)) is None and storage.stat(session_name(session)) is not None

@@ -65,8 +65,8 @@ def _settle(storage: Storage, header: Header, info: SessionInfo) -> int:
     """End one abandoned session; the bytes that were freed."""
     freed = 0
     if storage.certain_ends:
-        # Looked up now that its owner is known to be dead, not when the session was listed.
-        if not sessions.is_covered(storage, info.id):
+        # Asked now that its owner is known to be dead, not when the session was listed.
+        if sessions.is_private(storage, info.id):
             freed = remove_packs(storage, info.id)
     elif info.kind == "writer":
         fence(storage, header, info.backup)

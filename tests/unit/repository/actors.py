@@ -90,6 +90,10 @@ class Shared:
             dead = name in self.dropped or (owner is not None and (owner.killed or owner.done))
             return name in self.objects and (dead or (name in self.suspected and not self.certain_ends))
 
+    def seems_dead(self, name: str) -> bool:
+        with self.lock:
+            return name not in self.objects or self.abandoned(name)
+
     def remove_temporaries(self) -> int:
         return 0
 
@@ -189,7 +193,10 @@ class Gate:
         return GatedClaim(self, held)
 
     def abandoned(self, name: str) -> bool:
-        return bool(self.operation(f"abandoned {name}", lambda: self._shared.abandoned(name)))
+        there = self.operation(f"abandoned {name}", lambda: self._shared.stat(name) is not None)
+        # one that ended in good order between the two operations seems dead, as a file that is opened, then locked
+        gone = self.operation(f"abandoned {name} on", lambda: self._shared.seems_dead(name))
+        return bool(there and gone)
 
     def remove_temporaries(self) -> int:
         return 0

@@ -101,6 +101,15 @@ def no_mark_before_the_index(patch: Patch) -> None:
     patch.setattr(Session, "cover", lambda self: None)
 
 
+def believe_a_missing_mark(patch: Patch) -> None:
+    """That a session has no mark is believed though the session itself may be gone by now."""
+    patch.setattr(settle.sessions, "is_private", lambda storage, session: not is_covered(storage, session))
+
+
+def is_covered(storage: Any, session: bytes) -> bool:
+    return storage.stat(f"sessions/{session.hex()}.covered") is not None
+
+
 def remove_own_packs_always(patch: Patch) -> None:
     """A session that gives up removes packs that others may have found."""
 
@@ -138,6 +147,7 @@ MUTATIONS: list[Callable[[Patch], None]] = [
     fence_nobody,
     trust_a_suspicion,
     no_mark_before_the_index,
+    believe_a_missing_mark,
     remove_own_packs_always,
     build_on_anything,
 ]

@@ -137,6 +137,16 @@ def packs_of_a_failing_writer_are_in_use(model: Model) -> None:
     model.check()
 
 
+def a_writer_ends_while_somebody_looks_whether_it_is_dead(model: Model) -> None:
+    writer = model.writer(IMAGE)
+    writer.step_until("put indexes/")
+    cleaner = model.collector()
+    cleaner.step_until("abandoned")
+    writer.finish()
+    cleaner.finish()
+    model.check()
+
+
 def an_index_comes_back(model: Model) -> None:
     """A slow merger put it, after the packs it tells of were collected."""
     garbage(model)

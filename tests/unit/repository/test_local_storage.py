@@ -161,3 +161,18 @@ def test_leftovers(storage: LocalStorage) -> None:
     assert storage.put_if_absent("packs/ab/abce", parts())  # type: ignore[arg-type]
     assert storage.get("packs/ab/abce") == b"onetwo"
     assert not left.exists()
+
+
+def test_a_claim_that_is_released_while_somebody_looks(tmp_path: Path) -> None:
+    """Its file was opened before it was removed, and can be locked after: that is no sign of a death."""
+    storage = LocalStorage(tmp_path)
+    claim = storage.claim("sessions/one", b"who")
+    look = storage.open
+
+    def open_and_release(name: str) -> int:
+        descriptor = look(name)
+        claim.release()
+        return descriptor
+
+    storage.open = open_and_release  # type: ignore[method-assign]
+    assert not storage.abandoned("sessions/one")

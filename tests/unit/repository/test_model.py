@@ -219,6 +219,7 @@ CASES = [
     (False, scenarios.a_writer_is_taken_for_dead, mutations.fence_nobody),
     (False, scenarios.packs_of_one_taken_for_dead_are_in_use, mutations.trust_a_suspicion),
     (True, scenarios.packs_of_a_killed_writer_are_in_use, mutations.no_mark_before_the_index),
+    (True, scenarios.a_writer_ends_while_somebody_looks_whether_it_is_dead, mutations.believe_a_missing_mark),
     (True, scenarios.packs_of_a_failing_writer_are_in_use, mutations.remove_own_packs_always),
 ]
 
