@@ -157,7 +157,7 @@ def test_two_hosts_that_publish_the_same_id(plain: Store) -> None:
     make(plain).close()
     images = [sparse_image(random.Random(seed), 100 * CHUNK) for seed in (5, 6)]
     outcome: dict[int, BackupError | None] = {}
-    start = threading.Barrier(2)
+    start = threading.Barrier(2, timeout=60)
 
     def work(number: int) -> None:
         with join(plain) as repository:
