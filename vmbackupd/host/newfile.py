@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from vmbackupd.errors import TargetRefused
 
@@ -86,7 +87,7 @@ class NewFile:
             withdraw()
 
 
-def sync(path: str) -> None:
+def sync(path: str | Path) -> None:
     """Make a file, or the names in a directory, durable."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:

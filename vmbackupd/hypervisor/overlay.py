@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vmbackupd.errors import HypervisorError, NotFound, NotRunning
+from vmbackupd.host.newfile import sync
 from vmbackupd.hypervisor import domain as dx
 from vmbackupd.hypervisor import events
 from vmbackupd.hypervisor.base import HypervisorLost
@@ -260,8 +261,4 @@ def _unlink(path: str) -> None:
         return
     except OSError as error:
         raise HypervisorError(f"cannot delete the overlay {path}: {error.strerror}") from error
-    directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)  # the journal must not forget the overlay before the disk does
-    finally:
-        os.close(directory)
+    sync(os.path.dirname(path) or ".")  # the journal must not forget the overlay before the disk does

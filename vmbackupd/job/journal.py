@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmbackupd.errors import BackupError
+from vmbackupd.host.newfile import sync
 
 
 class JournalCorrupt(BackupError):
@@ -41,14 +42,6 @@ class Header:
     uuid: str
 
 
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 class Journal:
     """An open journal. Raises ``OSError`` when a line cannot be made durable: the effect must then not happen."""
 
@@ -67,7 +60,7 @@ class Journal:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
         journal = cls(path, header, {}, fd, 0)
         journal._write({"job": header.job, "kind": header.kind, "vm": header.vm, "uuid": header.uuid})
-        _sync_directory(directory)
+        sync(directory)
         return journal
 
     @classmethod
@@ -127,7 +120,7 @@ class Journal:
         self._fd = -1
         if not self._pending:
             self.path.unlink()
-            _sync_directory(self.path.parent)
+            sync(self.path.parent)
 
     def _write(self, record: dict[str, object]) -> None:
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vmbackupd.config import Config, S3Config
 from vmbackupd.errors import BackupError, ConfigError, InvalidArgument, KeyRequired
+from vmbackupd.host.newfile import sync
 from vmbackupd.job.context import to_the_end
 from vmbackupd.job.options import InitOptions
 from vmbackupd.repository import Repository, Settings, Storage
@@ -220,11 +221,7 @@ def _made_key_file(path: Path | None) -> Iterator[None]:
             file.write(secrets.token_bytes(KEY_FILE_BYTES))
             file.flush()
             os.fsync(file.fileno())
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync(path.parent)
         yield
     except BaseException:
         with contextlib.suppress(OSError):
