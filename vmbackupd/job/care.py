@@ -20,7 +20,7 @@ from vmbackupd.job.observer import JobObserver
 from vmbackupd.job.options import GcOptions, InitOptions, KeyOptions, PruneOptions, VerifyOptions
 from vmbackupd.job.repositories import Repositories, recovery_key
 from vmbackupd.repository import BackupSummary, Repository
-from vmbackupd.repository.forget import ForgetResult, protected_names
+from vmbackupd.repository.forget import ForgetResult
 from vmbackupd.repository.keys import (
     Credential,
     KeyFile,
@@ -86,8 +86,8 @@ class RepositoryCare:
             decisions = [Decision(_summary(repository, backup), False, "named") for backup in wanted]
             if missing := [item.backup.id for item in decisions if item.backup.error == MISSING]:
                 raise NotFound(f"nothing was forgotten: there is no backup {', '.join(missing)} in the repository")
-            names = protected_names(repository)
-            if kept := [backup for backup in wanted if repository.header.manifest_name(backup) in names]:
+            protected = repository.protected(wanted)
+            if kept := [backup for backup in wanted if backup in protected]:
                 raise Protected(
                     f"nothing was forgotten: protected is {', '.join(kept)}; `vmbackupctl unprotect` takes that away"
                 )

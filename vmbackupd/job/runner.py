@@ -23,7 +23,6 @@ from vmbackupd.job.options import BackupOptions, RestoreOptions
 from vmbackupd.job.steps import inspect, release
 from vmbackupd.job.undo import UndoContext
 from vmbackupd.repository import Repository
-from vmbackupd.repository.forget import protected_names
 from vmbackupd.restore.execute import execute
 from vmbackupd.restore.planner import make_plan
 
@@ -121,10 +120,11 @@ class JobRunner(Exchange):
         """Backups of ``vm`` or all, oldest first."""
 
         def read(repository: Repository) -> list[Result]:
-            protected = protected_names(repository)
+            backups = repository.backups()
+            protected = repository.protected(backup.id for backup in backups)
             return [
-                {**backup.to_json(), "protected": repository.header.manifest_name(backup.id) in protected}
-                for backup in repository.backups()
+                {**backup.to_json(), "protected": backup.id in protected}
+                for backup in backups
                 if vm is None or backup.error is not None or vm in (backup.vm_name, backup.vm_uuid)
             ]
 
@@ -134,8 +134,7 @@ class JobRunner(Exchange):
         """The manifest of one backup, with its proof."""
 
         def read(repository: Repository) -> Result:
-            protected = repository.header.manifest_name(backup) in protected_names(repository)
-            return {**listing.shown(repository.manifest(backup)), "protected": protected}
+            return {**listing.shown(repository.manifest(backup)), "protected": backup in repository.protected([backup])}
 
         return await self._read(read)
 

@@ -333,10 +333,11 @@ class Repository:
         """Protect a backup from being forgotten, or take that away. NotFound, InvalidArgument, StorageError."""
         protect(self, backup_id, wanted)
 
-    def protected(self) -> set[str]:
-        """The ids of protected backups."""
+    def protected(self, backup_ids: Iterable[str] | None = None) -> set[str]:
+        """Which of these backups are protected, or of all: ids. StorageError."""
         names = protected_names(self)
-        return {summary.id for summary in self.backups() if self.header.manifest_name(summary.id) in names}
+        ids = backup_ids if backup_ids is not None else [summary.id for summary in self.backups()]
+        return {backup_id for backup_id in ids if self.header.manifest_name(backup_id) in names}
 
     def prune(
         self, policy: KeepPolicy, *, vm: str | None = None, dry_run: bool = False, zone: tzinfo | None = None
@@ -344,9 +345,7 @@ class Repository:
         """Forget the backups (of the VM with this name or UUID) that ``policy`` does not keep; what was decided on
         each, oldest first. ``zone``: time zone of the periods, the host's if None. StorageError, RepositoryFull."""
         backups = [item for item in self.backups() if vm is None or vm in (item.vm_name, item.vm_uuid)]
-        names = protected_names(self)
-        safe = {item.id for item in backups if self.header.manifest_name(item.id) in names}
-        decisions = decide(backups, policy, zone=zone, protected=safe)
+        decisions = decide(backups, policy, zone=zone, protected=self.protected(item.id for item in backups))
         if not dry_run:
             forget(self, [item.backup.id for item in decisions if not item.keep])
         return decisions
