@@ -73,6 +73,24 @@ class DomainInfo:
     tpm_state: str | None  # directory of the emulated TPM's state
 
 
+@dataclass(frozen=True, slots=True)
+class FleeceExport:
+    """A disk that is served as of T2: the NBD export's name, and the name of the bitmap (``qemu:dirty-bitmap:NAME``) of
+    what changed since the checkpoint that was asked for; None where there is none, and the disk is to be read whole."""
+
+    name: str
+    bitmap: str | None = None
+
+
+BITMAP_PREFIX = "vmbackupd-"  # checkpoints and bitmaps whose names begin otherwise belong to others
+
+
+def bitmap_name(checkpoint: str, target: str) -> str:
+    """What the bitmap of one disk under ``checkpoint`` is called in its image. It names the disk, so that an image that
+    moved from one target to another is never taken for the one that was recorded."""
+    return f"{checkpoint}.{target}"
+
+
 class HypervisorLost(HypervisorError):
     """The hypervisor's own service (libvirtd) went away during a call: whether the call took effect has to be asked
     when it is back. The next call connects again."""
@@ -119,6 +137,35 @@ class Hypervisor(Protocol):
         """Undo of a snapshot of one disk, from whatever state it is in: commit the overlay into its base and pivot when
         it is the active layer (ending a stale block job first), commit offline when the domain is off and refers to
         it, then delete the file. An overlay that is in no chain is only deleted; absent is no error."""
+
+    async def begin_bitmaps(self, uuid: str, name: str, targets: Sequence[str]) -> Mapping[str, str | None]:
+        """Start recording which parts of each disk are written, under the checkpoint ``name`` (it begins with
+        ``BITMAP_PREFIX``). ``{target: None}`` where it records from now on, else the reason why this disk has no bitmap
+        (a format that keeps none, QEMU refused, ...). That one disk has none is no error.
+
+        Called before the freeze, so that a bitmap holds a superset of what is written after T1: what is changed
+        between T1 and T2, and then reverted in the backup, is changed again for the next one."""
+
+    async def bitmap_reasons(self, uuid: str, name: str, targets: Sequence[str]) -> Mapping[str, str | None]:
+        """Whether the bitmaps of ``name`` hold every write since they began: None, or why this disk has to be read
+        whole (missing, inconsistent, not recording, another image under the target, ...)."""
+
+    async def drop_bitmaps(self, uuid: str, name: str) -> None:
+        """Forget the checkpoint ``name``, from whatever state it is in, and from a domain that is off too; one that is
+        not there is no error. Nobody else's checkpoint or bitmap is touched."""
+
+    async def bitmaps(self, uuid: str) -> Sequence[str]:
+        """Names of our checkpoints of this domain, in no order."""
+
+    async def begin_fleece(self, uuid: str, disks: Mapping[str, str], socket: str,
+                           since: Mapping[str, str]) -> Mapping[str, FleeceExport]:
+        """T2 of the second kind: serve all disks ``{target: path of a scratch image}`` as of one instant, read-only,
+        over NBD on the unix socket, while the guest goes on. What the guest overwrites goes into the scratch images
+        first. ``since`` names the checkpoint whose bitmap is to be served with a disk. The caller watches that the
+        scratch images have room, and removes them. A ``lun`` is refused."""
+
+    async def end_fleece(self, uuid: str) -> None:
+        """End the job of :meth:`begin_fleece`. None that runs is no error; somebody else's is left alone."""
 
     async def define(self, xml: str) -> str:
         """Define a domain; returns its uuid."""

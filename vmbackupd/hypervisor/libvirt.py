@@ -33,7 +33,7 @@ from vmbackupd.errors import (
 )
 from vmbackupd.hypervisor import domain as dx
 from vmbackupd.hypervisor import events, hotplug, overlay, snapshot
-from vmbackupd.hypervisor.base import DiskSource, DomainDisk, DomainInfo, HypervisorLost
+from vmbackupd.hypervisor.base import DiskSource, DomainDisk, DomainInfo, FleeceExport, HypervisorLost
 from vmbackupd.hypervisor.events import Event, EventHub
 
 log = logging.getLogger("hypervisor.libvirt")
@@ -513,6 +513,25 @@ class LibvirtHypervisor:
     async def drop_overlay(self, uuid: str, overlay_path: str,
                            progress: Callable[[int, int], None] | None = None) -> None:
         await overlay.drop(self._conn, uuid, overlay_path, progress)
+
+    async def begin_bitmaps(self, uuid: str, name: str, targets: Sequence[str]) -> dict[str, str | None]:
+        raise NotImplementedError
+
+    async def bitmap_reasons(self, uuid: str, name: str, targets: Sequence[str]) -> dict[str, str | None]:
+        raise NotImplementedError
+
+    async def drop_bitmaps(self, uuid: str, name: str) -> None:
+        raise NotImplementedError
+
+    async def bitmaps(self, uuid: str) -> list[str]:
+        raise NotImplementedError
+
+    async def begin_fleece(self, uuid: str, disks: Mapping[str, str], socket: str,
+                           since: Mapping[str, str]) -> dict[str, FleeceExport]:
+        raise NotImplementedError
+
+    async def end_fleece(self, uuid: str) -> None:
+        raise NotImplementedError
 
     async def path_users(self, path: str) -> list[str]:
         """Names of the domains, running or not, one of whose disks has ``path`` in its chain."""
