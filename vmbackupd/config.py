@@ -116,10 +116,24 @@ class HypervisorConfig:
 
 @dataclass(frozen=True, slots=True)
 class GuestConfig:
-    """Limits towards the guest, in seconds: how long it may be frozen, and how long the helper outlives our silence."""
+    """Limits towards the guest: how long it may be frozen and how long the helper outlives our silence, in seconds, and
+    how many bytes of its memory may hold what is captured in the freeze (of disks that no snapshot can hold)."""
 
     freeze_budget: float = 5.0
     lease: float = 300.0
+    capture_limit: int = 64 * MiB
+
+
+@dataclass(frozen=True, slots=True)
+class ChangesConfig:
+    """How later backups find out what changed: ``tracking`` lets the guest's kernel track writes to pass-through disks
+    between backups, ``bitmaps`` QEMU those to virtual disks, ``hashing`` lets the guest hash a disk when neither is
+    known. ``audit`` is the share of the chunks said to be unchanged that is read all the same, and compared."""
+
+    tracking: bool = True
+    bitmaps: bool = True
+    hashing: bool = True
+    audit: float = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +174,7 @@ class Config:
     guest: GuestConfig = field(default_factory=GuestConfig)
     bus: BusConfig = field(default_factory=BusConfig)
     jobs: JobsConfig = field(default_factory=JobsConfig)
+    changes: ChangesConfig = field(default_factory=ChangesConfig)
     encryption: EncryptionConfig = field(default_factory=EncryptionConfig)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     cache_directory: Path = DEFAULT_CACHE
@@ -232,6 +247,13 @@ def _share(value: object) -> float:
     result = _quantity(value, {"%": 0.01}, 1.0)
     if result is None or not 0.01 <= result <= 1:
         raise ValueError('a share from 0.01 to 1, or text such as "20 %"')
+    return result
+
+
+def _audit(value: object) -> float:
+    result = _quantity(value, {"%": 0.01}, 1.0)
+    if result is None or not 0 <= result <= 1:
+        raise ValueError('a share from 0 to 1, or text such as "1 %"')
     return result
 
 
@@ -331,6 +353,11 @@ _KEYS: dict[str, Callable[[object], object]] = {
     "hypervisor.uri": _text,
     "guest.freeze_budget": seconds,
     "guest.lease": seconds,
+    "guest.capture_limit": size,
+    "changes.tracking": _flag,
+    "changes.bitmaps": _flag,
+    "changes.hashing": _flag,
+    "changes.audit": _audit,
     "scratch.directory": _path,
     "scratch.share": _share,
     "scratch.size": size,
@@ -427,6 +454,7 @@ def _build(values: Mapping[str, object]) -> Config:
         guest=GuestConfig(**section("guest")),  # type: ignore[arg-type]
         bus=BusConfig(**section("bus")),  # type: ignore[arg-type]
         jobs=JobsConfig(**section("jobs")),  # type: ignore[arg-type]
+        changes=ChangesConfig(**section("changes")),  # type: ignore[arg-type]
     )
 
 

@@ -14,11 +14,24 @@ class VolumeKind(StrEnum):
 
 
 class Method(StrEnum):
-    """How a disk is brought to T1; ``IMPORT``: it is a copy of an image file, whatever instant that shows."""
+    """How a disk is brought to T1; ``PRE_COPY``: copied while the guest writes, what then differs is captured in the
+    freeze; ``IMPORT``: it is a copy of an image file, whatever instant that shows."""
 
     GUEST_SNAPSHOT = "guest-snapshot"
     FREEZE_WINDOW = "freeze-window"
+    PRE_COPY = "pre-copy"
     IMPORT = "import"
+
+
+class Change(StrEnum):
+    """How a backup found out what it had to read of a disk: everything, what a tracker in the guest or QEMU's dirty
+    bitmap marked, what two states of a thin pool tell, or what differed by hashes that the guest computed."""
+
+    FULL = "full"
+    TRACKED = "tracked"
+    BITMAP = "bitmap"
+    THIN_DELTA = "thin-delta"
+    HASHED = "hashed"
 
 
 class Consistency(StrEnum):
@@ -93,6 +106,25 @@ class VolumeMap:
 
 
 @dataclass(frozen=True, slots=True)
+class ChangeRecord:
+    """What of a disk was read, and why that was enough.
+
+    ``base`` is the backup whose image this one began as, None where everything was read. ``reason`` tells why no better
+    way was open, empty if there is none. ``chunks`` were read because they had changed (or might have), ``audited``
+    although they were said to be unchanged; ``missed`` of those had changed all the same, and then everything was read.
+    ``token`` is what the next backup knows the changes since this one by: a tracker's generation, a checkpoint's name.
+    """
+
+    method: Change = Change.FULL
+    base: str | None = None
+    reason: str = ""
+    chunks: int = 0
+    audited: int = 0
+    missed: int = 0
+    token: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class VolumeRecord:
     """One captured disk as a backup's manifest keeps it.
 
@@ -112,6 +144,7 @@ class VolumeRecord:
     bytes_stored: int = 0
     reverted_chunks: int = 0
     details: dict[str, object] = field(default_factory=dict)
+    change: ChangeRecord = field(default_factory=ChangeRecord)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ _COUNT = Option(("u", "t"), int)
 _REVERT = Option(("s",), _revert)
 _DESCRIPTOR = Option(("h",), int)
 
-BACKUP_OPTIONS = {"revert": _REVERT, "allow_uncovered": Option(("as",), tuple), "freeze_budget": _NUMBER}
+BACKUP_OPTIONS = {"revert": _REVERT, "allow_uncovered": Option(("as",), tuple), "freeze_budget": _NUMBER, "full": _FLAG}
 RESTORE_OPTIONS = {"name": _TEXT, "directory": _TEXT, "volumes": Option(("a{ss}",), dict), "dry_run": _FLAG,
                    "force": _FLAG, "start": _FLAG, "revert": _REVERT, "in_place": _FLAG}
 FORGET_OPTIONS = {"dry_run": _FLAG}

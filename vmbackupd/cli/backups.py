@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vmbackupd.cli import exits
-from vmbackupd.cli.client import count_option, number_option, text_option, texts_option
+from vmbackupd.cli.client import count_option, flag_option, number_option, text_option, texts_option
 from vmbackupd.cli.follow import run_job
 from vmbackupd.cli.machines import coverage_table
 from vmbackupd.cli.options import Subcommands, add_command, add_wait, seconds
@@ -28,6 +28,7 @@ def register(subcommands: Subcommands) -> None:
                         help="let this volume stay out of the backup (may be repeated)")
     parser.add_argument("--freeze-budget", metavar="SECONDS", type=seconds,
                         help="the longest the guest may be frozen; a backup that needs longer fails")
+    parser.add_argument("--full", action="store_true", help="read every disk whole, also where the changes are known")
     add_wait(parser)
     parser = add_command(subcommands, "list", list_backups, "list backups, oldest first")
     parser.add_argument("vm", metavar="VM", nargs="?", default="")
@@ -45,6 +46,8 @@ async def backup(session: Session) -> int:
         options["allow_uncovered"] = texts_option(args.allow_uncovered)
     if args.freeze_budget is not None:
         options["freeze_budget"] = number_option(args.freeze_budget)
+    if args.full:
+        options["full"] = flag_option(True)
     watch = await session.client.start("Backup", "s", args.vm, options=options)
     return await run_job(session, watch, _describe_backup)
 

@@ -16,11 +16,12 @@ from vmbackupd.host.udev import UdevWatch
 from vmbackupd.hypervisor.base import DomainInfo, Hypervisor
 from vmbackupd.hypervisor.storage_daemon import StorageDaemon
 from vmbackupd.job import undo
+from vmbackupd.job.bases import Bases
 from vmbackupd.job.coverage import Coverage, DiskPlan
 from vmbackupd.job.journal import Entry, Journal
 from vmbackupd.job.observer import JobObserver
 from vmbackupd.job.options import BackupOptions
-from vmbackupd.model import VolumeMap
+from vmbackupd.model import ChangeRecord, VolumeMap
 from vmbackupd.repository import RepositoryWriter
 from vmbackupd.repository.manifest import Manifest
 
@@ -39,6 +40,7 @@ class Captured:
     bytes_read: int = 0
     bytes_stored: int = 0
     reverted_chunks: int = 0
+    change: ChangeRecord = field(default_factory=ChangeRecord)
 
 
 @dataclass
@@ -57,6 +59,7 @@ class BackupContext:
     domain: DomainInfo
     host_events: UdevWatch
     writer: RepositoryWriter | None = None
+    bases: Bases | None = None
     storage: StorageDaemon | None = None
     report: GuestReport | None = None
     coverage: Coverage | None = None

@@ -13,11 +13,12 @@ from vmbackupd.model import RevertMode
 @dataclass(frozen=True, slots=True)
 class BackupOptions:
     """``allow_uncovered`` names volumes that may stay out of the backup; ``freeze_budget`` is in seconds, None takes
-    the configured one."""
+    the configured one; ``full`` reads every disk whole, whatever is known of it."""
 
     revert: RevertMode = RevertMode.BACKUP
     allow_uncovered: tuple[str, ...] = ()
     freeze_budget: float | None = None
+    full: bool = False
 
     def __post_init__(self) -> None:
         budget = self.freeze_budget

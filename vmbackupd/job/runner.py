@@ -14,6 +14,7 @@ from vmbackupd.hypervisor.base import DomainInfo
 from vmbackupd.hypervisor.storage_daemon import end_leftovers
 from vmbackupd.job import listing, pipeline, recovery
 from vmbackupd.job.backupid import backup_id
+from vmbackupd.job.bases import Bases
 from vmbackupd.job.context import BackupContext, to_the_end
 from vmbackupd.job.exchanging import Exchange
 from vmbackupd.job.faultpoints import reach
@@ -46,6 +47,7 @@ class JobRunner(Exchange):
                 ctx.writer = beginning.result()
                 if cancelled:
                     raise asyncio.CancelledError
+                ctx.bases = await asyncio.to_thread(Bases, repository, ctx.writer, domain.uuid)
                 timeline = await pipeline.run(ctx)
                 assert ctx.manifest is not None
                 result = listing.backup_result(ctx.manifest, timeline, time.monotonic() - began)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from vmbackupd.errors import InvalidArgument, RepositoryCorrupt
 from vmbackupd.model import (
+    Change,
+    ChangeRecord,
     Consistency,
     CoverageRecord,
     Method,
@@ -27,7 +29,7 @@ BACKUP_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 TREE_ID = re.compile(r"[0-9a-f]{64}")
 
 JsonObject = dict[str, Any]
-E = TypeVar("E", VolumeKind, Method, Consistency, RevertMode)
+E = TypeVar("E", VolumeKind, Method, Consistency, RevertMode, Change)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +229,7 @@ def _volume_to_json(volume: VolumeRecord) -> JsonObject:
         "bytes_stored": volume.bytes_stored,
         "reverted_chunks": volume.reverted_chunks,
         "details": dict(volume.details),
+        "change": {**asdict(volume.change), "method": volume.change.method.value},
     }
 
 
@@ -243,6 +246,21 @@ def _volume_from_json(obj: JsonObject, at: str, error: type[Exception]) -> Volum
         bytes_stored=get_int(obj, "bytes_stored", at=at, error=error),
         reverted_chunks=get_int(obj, "reverted_chunks", at=at, error=error),
         details=get_object(obj, "details", at=at, error=error),
+        change=_change_from_json(get_object(obj, "change", None, at=at, error=error), key_path(at, "change"), error),
+    )
+
+
+def _change_from_json(obj: JsonObject | None, at: str, error: type[Exception]) -> ChangeRecord:
+    if obj is None:  # written before there were increments
+        return ChangeRecord()
+    return ChangeRecord(
+        method=_enum(Change, obj, "method", at, error),
+        base=get_str(obj, "base", None, min_length=1, max_length=256, at=at, error=error),
+        reason=get_str(obj, "reason", max_length=4096, at=at, error=error),
+        chunks=get_int(obj, "chunks", at=at, error=error),
+        audited=get_int(obj, "audited", at=at, error=error),
+        missed=get_int(obj, "missed", at=at, error=error),
+        token=get_str(obj, "token", None, min_length=1, max_length=256, at=at, error=error),
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.unit.repository.repository_support import manifest, volume
 from vmbackupd.errors import InvalidArgument, RepositoryCorrupt
-from vmbackupd.model import CoverageRecord, Method, RevertMode, Segment, VolumeKind, VolumeMap
+from vmbackupd.model import Change, ChangeRecord, CoverageRecord, Method, RevertMode, Segment, VolumeKind, VolumeMap
 from vmbackupd.repository import BackupSummary, Manifest, StoreRecord
 from vmbackupd.repository.envelope import seal, unseal
 from vmbackupd.repository.header import Header
@@ -25,7 +25,8 @@ def full() -> Manifest:
         manifest("web1-20260101T000000Z-00000001"),
         volumes=(
             volume(
-                "vda", TREE, 1000, bytes_read=7, bytes_stored=5, reverted_chunks=3, details={"path": "/x", "n": [1]}
+                "vda", TREE, 1000, bytes_read=7, bytes_stored=5, reverted_chunks=3, details={"path": "/x", "n": [1]},
+                change=ChangeRecord(Change.TRACKED, "web1-0", "", 4, 2, 1, "token"),
             ),
             replace(volume("wwn:0x1", TREE, 500), tree=None, t2_tree=TREE),
         ),
@@ -49,6 +50,13 @@ def test_round_trip() -> None:
     assert Manifest.from_json(json.loads(one.encode())) == one
     assert one.encode() == Manifest.from_json(one.to_json()).encode()
     assert one.trees() == [TREE] * 4
+
+
+def test_a_manifest_from_before_there_were_increments_reads_as_full_backups() -> None:
+    old = full().to_json()
+    for item in old["volumes"]:
+        del item["change"]
+    assert {record.change for record in Manifest.from_json(old).volumes} == {ChangeRecord()}
 
 
 def test_show_carries_the_proof() -> None:
@@ -76,6 +84,8 @@ def test_summary() -> None:
         (("volumes", 0, "size"), -1, r"volumes\[0\]\.size: expected an integer"),
         (("volumes", 1, "t2_tree"), "zz", r"volumes\[1\]\.t2_tree: "),
         (("volumes", 0, "details"), 5, r"volumes\[0\]\.details: expected an object"),
+        (("volumes", 0, "change", "method"), "guessed", r"volumes\[0\]\.change\.method: expected one of full, tracked"),
+        (("volumes", 0, "change", "missed"), -1, r"volumes\[0\]\.change\.missed: expected an integer"),
         (("store", "tree"), "", r"store\.tree: "),
         (("volume_maps", 0, "segments", 1, 0), 99, r"volume_maps\[0\]\.segments\[1\]\.volume_offset: expected 100"),
         (("volume_maps", 0, "segments", 1, 3), 0, r"volume_maps\[0\]\.segments\[1\]\.length: expected an integer"),

@@ -64,6 +64,7 @@ def _volume(ctx: BackupContext, captured: Captured, keeps_t2: bool) -> VolumeRec
         bytes_stored=captured.bytes_stored,
         reverted_chunks=captured.reverted_chunks,
         details=plan.details,
+        change=captured.change,
     )
 
 
