@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+from typing_extensions import Buffer
+
 class Bitmap:
     """``length`` bits, all clear at first. An index out of range raises IndexError, unequal lengths ValueError."""
 
@@ -24,5 +26,13 @@ class Bitmap:
         """Clear what is set in ``other``."""
 
     def copy(self) -> Bitmap: ...
+    @staticmethod
+    def from_bytes(data: Buffer, length: int) -> Bitmap:
+        """The bitmap whose bit i is bit i % 8 of byte i // 8, counted from the least significant. ValueError unless
+        ``data`` has just the bytes for ``length`` bits, and none is set behind the last."""
+
+    def to_bytes(self) -> bytes:
+        """What ``from_bytes`` takes."""
+
     def runs(self) -> Iterator[tuple[int, int]]:
         """Runs ``(first, count)`` of set bits, ascending."""

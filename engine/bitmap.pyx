@@ -1,8 +1,13 @@
 """A bitmap of fixed length, one bit for each chunk of an image."""
 
-from libc.stdint cimport uint64_t
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy
+
+cdef extern from "<endian.h>" nogil:
+    uint64_t htole64(uint64_t)
+    uint64_t le64toh(uint64_t)
 
 cdef extern from *:
     int __builtin_popcountll(unsigned long long) nogil
@@ -137,6 +142,31 @@ cdef class Bitmap:
         cdef Bitmap made = Bitmap(self.length)
         memcpy(made.words, self.words, self.word_count * 8)
         return made
+
+    @staticmethod
+    def from_bytes(const uint8_t[::1] data not None, length):
+        cdef Bitmap made = Bitmap(length)
+        cdef size_t i
+        if data.shape[0] != (made.length + 7) // 8:
+            raise ValueError(f"{data.shape[0]} bytes are no bitmap of {length} bits")
+        if made.length == 0:
+            return made
+        memcpy(made.words, &data[0], data.shape[0])
+        for i in range(made.word_count):
+            made.words[i] = le64toh(made.words[i])
+        if made.length % 64 and made.words[made.word_count - 1] >> (made.length % 64):
+            raise ValueError(f"bits are set behind the last of {length}")
+        return made
+
+    def to_bytes(self):
+        cdef bytes data = PyBytes_FromStringAndSize(NULL, (self.length + 7) // 8)
+        cdef uint8_t *into = <uint8_t *>PyBytes_AS_STRING(data)
+        cdef size_t i
+        cdef uint64_t word
+        for i in range(self.word_count):
+            word = htole64(self.words[i])
+            memcpy(into + 8 * i, &word, min(<size_t>8, len(data) - 8 * i))
+        return data
 
     def runs(self):
         cdef uint64_t first = self.next_set(0), end

@@ -1,4 +1,4 @@
-# What an NBD server says of which areas read as zeros (block status of base:allocation).
+# What an NBD server says of areas (block status): which read as zeros, or which are marked in a dirty bitmap.
 
 from libc.stdint cimport uint32_t, uint64_t
 from vmbackupd.engine.nbd cimport NbdConnection, Request
@@ -6,12 +6,15 @@ from vmbackupd.engine.nbd cimport NbdConnection, Request
 
 cdef struct MapExtent:
     uint64_t length
-    bint data               # not known to read as zeros
+    bint data               # not known to read as zeros; of a bitmap: marked
 
 
 # an answer as it arrives; a plain structure, for the callback runs without the GIL
 cdef struct Answer:
     Request request         # pending until all of it is here
+    const char *context     # the one that is asked about; a server tells of all that were negotiated
+    uint32_t flag           # of an extent's flags, the one that counts
+    bint flagged            # what `data` is where it is set
     uint64_t expected       # where the next extent must start
     uint32_t count
     uint32_t room
@@ -22,6 +25,7 @@ cdef struct Answer:
 cdef class BlockStatus:
     cdef Answer answer
     cdef NbdConnection connection
+    cdef bytes context      # keeps answer.context
     # asks about [offset, offset + length) or the first part of it
     cdef int ask(self, uint64_t offset, uint64_t length) except -1 nogil
     # once nothing is pending: 1, or 0 if the server cannot say and all is to be taken for data

@@ -1,6 +1,8 @@
-"""What an NBD server says of which areas read as zeros; used by engine modules only."""
+"""What an NBD server says of areas; used by engine modules only."""
 
 from vmbackupd.engine.nbd import NbdConnection
 
 class BlockStatus:
-    def __init__(self, connection: NbdConnection, room: int) -> None: ...
+    """Which areas read as zeros, or with ``bitmap`` those marked in the bitmap that the connection has negotiated."""
+
+    def __init__(self, connection: NbdConnection, room: int, *, bitmap: bool = False) -> None: ...

@@ -1,19 +1,27 @@
-"""What an NBD server says of which areas read as zeros: one question at a time, in bounded memory."""
+"""What an NBD server says of areas: which read as zeros, or which are marked in a dirty bitmap. One question at a time,
+in bounded memory."""
 
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from vmbackupd.engine.libnbd cimport LIBNBD_STATE_ZERO, nbd_aio_block_status, nbd_extent_callback
+from libc.string cimport strcmp
+from vmbackupd.engine.libnbd cimport (
+    LIBNBD_CONTEXT_BASE_ALLOCATION, LIBNBD_STATE_ZERO, nbd_aio_block_status, nbd_extent_callback)
 from vmbackupd.engine.nbd cimport STATUS_LIMIT, NbdConnection, completion
 
 from vmbackupd.errors import SourceError
 
+cdef enum:
+    STATE_DIRTY = 1         # of QEMU's bitmap contexts (docs/interop/nbd.txt there)
+
 
 cdef int _keep(void *user_data, const char *metacontext, uint64_t offset, uint32_t *entries, size_t nr_entries,
                int *error) noexcept nogil:
-    """Only one context is ever asked for. What finds no room is dropped: the caller asks again from there."""
+    """What finds no room is dropped: the caller asks again from there."""
     cdef Answer *answer = <Answer *>user_data
     cdef size_t i
     cdef bint data
+    if strcmp(metacontext, answer.context) != 0:
+        return 0
     if offset != answer.expected:
         answer.broken = True
         return 0
@@ -21,7 +29,7 @@ cdef int _keep(void *user_data, const char *metacontext, uint64_t offset, uint32
         if entries[i] == 0:
             answer.broken = True
             return 0
-        data = not (entries[i + 1] & LIBNBD_STATE_ZERO)
+        data = ((entries[i + 1] & answer.flag) != 0) == answer.flagged
         if answer.count > 0 and answer.extents[answer.count - 1].data == data:
             answer.extents[answer.count - 1].length += entries[i]
         elif answer.count == answer.room:
@@ -35,8 +43,12 @@ cdef int _keep(void *user_data, const char *metacontext, uint64_t offset, uint32
 
 
 cdef class BlockStatus:
-    def __cinit__(self, NbdConnection connection not None, uint32_t room):
+    def __cinit__(self, NbdConnection connection not None, uint32_t room, *, bint bitmap=False):
         self.connection = connection
+        self.context = connection.bitmap_context if bitmap else <bytes>LIBNBD_CONTEXT_BASE_ALLOCATION
+        self.answer.context = self.context
+        self.answer.flag = STATE_DIRTY if bitmap else LIBNBD_STATE_ZERO
+        self.answer.flagged = bitmap
         self.answer.room = room
         self.answer.extents = <MapExtent *>malloc(room * sizeof(MapExtent))
         if self.answer.extents == NULL:

@@ -1,13 +1,23 @@
 """The copy loops: an NBD export into a sink, a source onto an NBD export."""
 
+from vmbackupd.engine.bitmap import Bitmap
 from vmbackupd.engine.nbd import NbdConnection
 from vmbackupd.engine.progress import Progress as Progress
 from vmbackupd.engine.sink import ChunkSink, ChunkSource
 
 def copy_in(
-    source: NbdConnection, sink: ChunkSink, progress: Progress, *, in_flight: int = 16, request: int = 256 << 10
+    source: NbdConnection,
+    sink: ChunkSink,
+    progress: Progress,
+    *,
+    only: Bitmap | None = None,
+    in_flight: int = 16,
+    request: int = 256 << 10,
 ) -> None:
-    """Copy a whole export into ``sink``, in image order. Blocking; runs without the GIL.
+    """Copy a whole export into ``sink``, or the chunks of ``only``, in image order. Blocking; runs without the GIL.
+
+    ``only`` has one bit for each of the sink's chunks (ValueError if not); other chunks are neither read nor put, nor
+    counted. A sink may be filled by several calls, also from different connections.
 
     Block status is asked first: what the server says is zero does not travel, and chunks that turn out to be zeros are
     handed over as such. ``in_flight`` buffers of ``request`` bytes (at most 4 MiB, whole chunks) are the memory it

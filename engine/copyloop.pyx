@@ -7,6 +7,7 @@ to the sink (or takes the next ones from the source). Memory is the ring of buff
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from vmbackupd.engine.blockstatus cimport BlockStatus
+from vmbackupd.engine.bitmap cimport Bitmap
 from vmbackupd.engine.buffers cimport AlignedBuffer
 from vmbackupd.engine.image cimport ImageSource
 from vmbackupd.engine.nbd cimport POLL_MS, STATUS_LIMIT, ZERO_LIMIT, NbdConnection
@@ -26,6 +27,7 @@ cdef enum:
     MAP_ROOM = 32768                # extents kept of one block status answer: 512 KiB
     REQUEST_MAX = 4 << 20           # bytes of one buffer
     MEMORY_MAX = 64 << 20           # bytes of all buffers
+    WORTH_ASKING = 4 << 20          # bytes; whether less than that is zero is found out sooner by reading it
 
 
 # ---- what is asked for by both
@@ -51,34 +53,54 @@ cdef uint32_t _buffers(size_t buffer_size, in_flight) except 0:
 # ---- in
 
 cdef class _CopyIn:
-    """The state of one copy_in: what is known of the export, which chunks are decided, what is in flight."""
+    """The state of one copy_in: what is known of the export, which chunks are decided, what is in flight.
+
+    It goes on in windows: the runs of ``only``, or one that is the whole image.
+    """
 
     cdef NbdConnection source
     cdef ChunkSink sink
     cdef Progress progress
     cdef Pipeline ring
+    cdef Bitmap only                # or None
     cdef uint64_t size
     cdef uint64_t chunk
     cdef uint64_t chunks
+    cdef uint64_t end               # the chunk behind the window
+    cdef uint64_t stop              # and the byte
     cdef BlockStatus map
     cdef uint32_t extent            # next one of the map to use
     cdef bint ask                   # block status is of use
     cdef bint asked                 # and under way
-    cdef uint64_t known             # bytes from 0 whose extents were used
-    cdef uint64_t decided           # chunks from 0 that are zero (and in the sink) or to be read
+    cdef uint64_t known             # up to this byte of the window extents were used
+    cdef uint64_t decided           # up to this chunk they are zero (and in the sink) or to be read
     cdef uint64_t read_first        # chunks to be read and not yet asked for
     cdef uint64_t read_end
 
-    def __cinit__(self, NbdConnection source, ChunkSink sink, Progress progress, Pipeline ring):
+    def __cinit__(self, NbdConnection source, ChunkSink sink, Progress progress, Pipeline ring, Bitmap only):
         self.source = source
         self.sink = sink
         self.progress = progress
         self.ring = ring
+        self.only = only
         self.size = sink.size
         self.chunk = sink.chunk_size
         self.chunks = chunk_count(sink.size, sink.chunk_size)
         self.ask = source.can_block_status
         self.map = BlockStatus(source, MAP_ROOM)
+        self.window()
+
+    cdef void window(self) noexcept nogil:
+        """Goes on to the next one; there is none if it is empty."""
+        cdef uint64_t first = self.end
+        self.end = self.chunks
+        if self.only is not None:
+            first = self.only.next_set(first)
+            self.end = self.only.next_clear(first)
+        self.decided = self.read_first = self.read_end = first
+        self.known = min(first * self.chunk, self.size)
+        self.stop = min(self.end * self.chunk, self.size)
+        self.extent = self.map.answer.count = 0
 
     cdef int run(self) except -1 nogil:
         cdef bint busy
@@ -92,7 +114,7 @@ cdef class _CopyIn:
                 continue
             if self.asked or self.ring.busy > 0:
                 self.source.step(POLL_MS)
-            elif self.decided == self.chunks and self.read_first == self.read_end:
+            else:
                 return 0
 
     cdef int plan(self) except -1 nogil:
@@ -107,7 +129,10 @@ cdef class _CopyIn:
             self.use(self.map.answer.extents[self.extent].length, self.map.answer.extents[self.extent].data)
             self.extent += 1
             did = 1
-        if not self.asked and self.extent == self.map.answer.count and self.known < self.size:
+        if self.known == self.stop and self.read_first == self.read_end and self.end < self.chunks:
+            self.window()
+            did = 1
+        if not self.asked and self.extent == self.map.answer.count and self.known < self.stop:
             self.ask_more()
             did = 1
         return did
@@ -115,8 +140,8 @@ cdef class _CopyIn:
     cdef int use(self, uint64_t length, bint data) except -1 nogil:
         """One extent from ``known`` on. A chunk is zero only if all of it is; one that is data in part is read."""
         cdef uint64_t first, end
-        if length > self.size - self.known:
-            length = self.size - self.known
+        if length > self.stop - self.known:
+            length = self.stop - self.known
         if data and length > 0:
             first = self.known // self.chunk
             end = chunk_count(self.known + length, <uint32_t>self.chunk)
@@ -127,7 +152,7 @@ cdef class _CopyIn:
             self.decided = self.read_end
         self.known += length
         if not data:
-            end = self.chunks if self.known == self.size else self.known // self.chunk
+            end = self.end if self.known == self.stop else self.known // self.chunk
             if end > self.decided:
                 self.zeros(end)
         return 0
@@ -144,9 +169,9 @@ cdef class _CopyIn:
         return 0
 
     cdef int ask_more(self) except -1 nogil:
-        cdef uint64_t length = self.size - self.known
+        cdef uint64_t length = self.stop - self.known
         self.extent = 0
-        if self.ask:
+        if self.ask and (length >= WORTH_ASKING or self.only is None):
             self.map.ask(self.known, length)
             self.asked = True
             return 0
@@ -203,15 +228,17 @@ cdef class _CopyIn:
         return 1
 
 
-def copy_in(NbdConnection source not None, ChunkSink sink not None, Progress progress not None, *, in_flight=16,
-            request=256 << 10):
+def copy_in(NbdConnection source not None, ChunkSink sink not None, Progress progress not None, *, Bitmap only=None,
+            in_flight=16, request=256 << 10):
     cdef _CopyIn copy
     if source.size < sink.size:
         raise SourceError(
             f"NBD export {source.export!r}: it has {source.size} bytes, the image to be taken from it {sink.size}")
+    if only is not None and only.length != chunk_count(sink.size, sink.chunk_size):
+        raise ValueError(f"a bitmap of {only.length} bits for an image of {chunk_count(sink.size, sink.chunk_size)} chunks")
     size = _buffer_size(source, sink.chunk_size, request)
-    copy = _CopyIn(source, sink, progress, Pipeline(source, size, _buffers(size, in_flight)))
-    _begin(progress, sink.size)
+    copy = _CopyIn(source, sink, progress, Pipeline(source, size, _buffers(size, in_flight)), only)
+    _begin(progress, sink.size if only is None else _bytes_of(only, sink))
     source.enter(&progress.cancel_flag)
     try:
         with nogil:
@@ -222,6 +249,14 @@ def copy_in(NbdConnection source not None, ChunkSink sink not None, Progress pro
         raise
     finally:
         source.leave()
+
+
+def _bytes_of(Bitmap only, ChunkSink image):
+    """Bytes of the image in the chunks of ``only``."""
+    total = only.count() * image.chunk_size
+    if only.length > 0 and only.test(only.length - 1):
+        total -= image.chunk_size - chunk_length(image.size, image.chunk_size, only.length - 1)
+    return total
 
 
 def _begin(Progress progress, size):

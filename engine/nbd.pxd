@@ -39,6 +39,8 @@ cdef class NbdConnection:
     cdef readonly uint64_t size
     cdef readonly bint read_only
     cdef readonly bint can_block_status
+    cdef readonly bint has_bitmap
+    cdef bytes bitmap_context            # name of the meta context of the dirty bitmap asked for, or None
     cdef readonly bint can_zero
     cdef readonly bint can_flush
     cdef readonly uint32_t min_block     # bytes; offsets and lengths of requests are multiples of it

@@ -9,8 +9,9 @@ class NbdConnection:
     """A connected export. Blocking: call from a worker thread, one call at a time (a second raises RuntimeError).
 
     ``fd`` is a connected stream socket on which the server is about to speak first (it is duplicated: close yours), or
-    ``unix`` the path of a server's socket. ``timeout`` bounds the handshake, ``stall_timeout`` the silence of the server
-    while something is asked of it (seconds).
+    ``unix`` the path of a server's socket. ``bitmap`` names a dirty bitmap of QEMU's that the server is asked for, to be
+    read by ``engine.dirty``; it is no error here if there is none. ``timeout`` bounds the handshake, ``stall_timeout``
+    the silence of the server while something is asked of it (seconds).
 
     Errors: SourceError, or TargetError once this connection was written to; both name the export. An error of one
     request leaves the connection usable for reads and writes of this class; an error of the connection, a cancel, and
@@ -23,6 +24,8 @@ class NbdConnection:
     read_only: bool
     can_block_status: bool
     """The server answers block status of ``base:allocation``."""
+    has_bitmap: bool
+    """The server answers block status of ``qemu:dirty-bitmap:`` and the name asked for."""
     can_zero: bool
     can_flush: bool
     min_block: int
@@ -36,6 +39,7 @@ class NbdConnection:
         fd: int | None = None,
         unix: str | None = None,
         export: str = "",
+        bitmap: str | None = None,
         timeout: float = 30.0,
         stall_timeout: float = 300.0,
     ) -> None: ...

@@ -50,14 +50,18 @@ cdef class NbdConnection:
         self.abandon()
         pthread_mutex_destroy(&self.mutex)
 
-    def __init__(self, *, fd=None, unix=None, str export="", double timeout=30.0, double stall_timeout=300.0):
+    def __init__(self, *, fd=None, unix=None, str export="", str bitmap=None, double timeout=30.0,
+                 double stall_timeout=300.0):
         if (fd is None) == (unix is None):
             raise ValueError("give either fd or unix")
         if self.handle != NULL:
             raise ValueError("connected already")
         if not 0 < timeout < 1e6 or not 0 < stall_timeout < 1e6:
             raise ValueError("timeouts are seconds above 0")
+        if bitmap is not None and (not bitmap or "\0" in bitmap):
+            raise ValueError(f"{bitmap!r} is no name of a bitmap")
         self.export = export
+        self.bitmap_context = None if bitmap is None else f"qemu:dirty-bitmap:{bitmap}".encode()
         self.stall_ms = <uint32_t>(timeout * 1000)
         self.handle = nbd_create()
         if self.handle == NULL:
@@ -79,6 +83,8 @@ cdef class NbdConnection:
         if nbd_set_export_name(self.handle, name) == -1:
             self.fail_connection("export name")
         if nbd_add_meta_context(self.handle, LIBNBD_CONTEXT_BASE_ALLOCATION) == -1:
+            self.fail_connection("meta context")
+        if self.bitmap_context is not None and nbd_add_meta_context(self.handle, self.bitmap_context) == -1:
             self.fail_connection("meta context")
         if fd is not None:
             own = os.dup(fd)
@@ -109,6 +115,8 @@ cdef class NbdConnection:
         self.max_request = max(<uint32_t>most // self.min_block, 1) * self.min_block
         self.read_only = nbd_is_read_only(self.handle) == 1
         self.can_block_status = nbd_can_meta_context(self.handle, LIBNBD_CONTEXT_BASE_ALLOCATION) == 1
+        self.has_bitmap = (
+            self.bitmap_context is not None and nbd_can_meta_context(self.handle, self.bitmap_context) == 1)
         self.can_zero = nbd_can_zero(self.handle) == 1
         self.can_flush = nbd_can_flush(self.handle) == 1
 

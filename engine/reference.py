@@ -46,6 +46,16 @@ class Bitmap:
     def runs(self) -> Runs:
         return runs_of(self.items)
 
+    @classmethod
+    def from_bytes(cls, data: bytes, length: int) -> Bitmap:
+        """Bit i is bit i % 8 of byte i // 8, counted from the least significant."""
+        made = cls(length)
+        made.items = {i for i in range(length) if data[i // 8] >> (i % 8) & 1}
+        return made
+
+    def to_bytes(self) -> bytes:
+        return sum(1 << item for item in self.items).to_bytes(-(-self.length // 8), "little")
+
 
 def chunks_of(runs: Iterable[tuple[int, int]], chunk_size: int) -> Runs:
     """The chunks that runs of bytes touch, as runs."""
@@ -67,6 +77,15 @@ def zero_or_data(extents: Iterable[tuple[int, bool]], size: int, chunk_size: int
         at += length
     chunks = set(range(-(-size // chunk_size)))
     return chunks - data, data
+
+
+def missed(base: bytes, now: bytes, sample: Iterable[int], chunk_size: int) -> set[int]:
+    """The chunks of ``sample`` that are not in ``now`` as they are in ``base``."""
+    return {
+        chunk
+        for chunk in sample
+        if base[chunk * chunk_size : (chunk + 1) * chunk_size] != now[chunk * chunk_size : (chunk + 1) * chunk_size]
+    }
 
 
 def parse_store(store: bytes, origin_size: int) -> list[tuple[int, int]]:

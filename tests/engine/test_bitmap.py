@@ -52,6 +52,28 @@ def test_operations_of_two(rng: random.Random) -> None:
         assert fast == fast.copy()
 
 
+def test_as_bytes(rng: random.Random) -> None:
+    for _ in range(300):
+        fast, slow = both(rng.choice([0, 1, 7, 8, 9, 63, 64, 65, rng.randrange(1000)]), rng)
+        data = fast.to_bytes()
+        assert data == slow.to_bytes()
+        again = Bitmap.from_bytes(data, fast.length)
+        assert again == fast
+        same(again, reference.Bitmap.from_bytes(data, fast.length))
+    assert list(Bitmap.from_bytes(b"\x01\x80", 16).runs()) == [(0, 1), (15, 1)]
+
+
+def test_bytes_that_are_no_such_bitmap() -> None:
+    for data, length in [(b"", 1), (b"\0", 0), (b"\0", 9), (b"\0\0", 8), (bytes(9), 64)]:
+        with pytest.raises(ValueError, match=f"no bitmap of {length} bits"):
+            Bitmap.from_bytes(data, length)
+    for data, length in [(b"\x80", 7), (b"\0\x02", 9), (bytes(8) + b"\x10", 68)]:
+        with pytest.raises(ValueError, match=f"behind the last of {length}"):
+            Bitmap.from_bytes(data, length)
+    with pytest.raises(ValueError, match="no bitmap"):
+        Bitmap.from_bytes(b"", -1)
+
+
 def test_out_of_range_is_an_error() -> None:
     bitmap = Bitmap(10)
     for first, count in [(0, 11), (10, 1), (11, 0), (-1, 1), (5, -1), (5, 2**64 - 1)]:

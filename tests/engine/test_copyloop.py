@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.randoms import some_chunks
 from tests.engine.servers import ENVIRONMENT, nbdkit, nbdkit_on_socket, qemu_nbd
+from vmbackupd.engine.bitmap import Bitmap
 from vmbackupd.engine.copyloop import Progress, copy_in, copy_out
 from vmbackupd.engine.memory import MemorySink, MemorySource
 from vmbackupd.engine.nbd import NbdConnection
 from vmbackupd.engine.nbdimage import NbdSink, NbdSource
+from vmbackupd.engine.reference import items_of
 from vmbackupd.errors import BackupError, Cancelled, SourceError, TargetError, TargetRefused
 
 CHUNK = 65536
@@ -110,9 +113,58 @@ def test_structured_and_simple_replies_over_a_socket_pair(rng: random.Random, tm
             disk.close()
 
 
+def check_only(disk: NbdConnection, image: bytes, only: Bitmap, sink: MemorySink) -> None:
+    """Exactly the chunks of ``only`` arrive, and only they are counted."""
+    chunk = sink.chunk_size
+    asked, progress = MemorySink(len(image), chunk), Progress()
+    copy_in(disk, asked, progress, only=only)
+    copy_in(disk, sink, Progress(), only=only)
+    parts = {index: image[index * chunk : (index + 1) * chunk] for index in items_of(only.runs())}
+    assert asked.chunks == {index: part for index, part in parts.items() if any(part)}
+    assert asked.zeros == {index for index, part in parts.items() if not any(part)}
+    assert progress.bytes_done == progress.bytes_total == sum(map(len, parts.values()))
+    assert progress.zero_bytes == sum(len(part) for part in parts.values() if not any(part))
+    assert progress.bytes_read <= progress.bytes_done
+
+
+@pytest.mark.parametrize("extents", [True, False])
+def test_only_some_chunks(tmp_path: Path, rng: random.Random, extents: bool) -> None:
+    image = scattered(rng, (32 << 20) + 512 * rng.randrange(200))
+    sparse_file(tmp_path / "image", image)
+    filters = [] if extents else ["--filter=noextents"]
+    with nbdkit(tmp_path, *filters, "file", str(tmp_path / "image")) as path, NbdConnection(unix=path) as disk:
+        for chunk in (CHUNK, 4096):
+            chunks = -(-len(image) // chunk)
+            sink, rest = MemorySink(len(image), chunk), Bitmap(chunks)
+            rest.set(0, chunks)
+            for _ in range(10):
+                only = some_chunks(rng, chunks)
+                check_only(disk, image, only, sink)
+                rest.subtract(only)
+            with NbdConnection(unix=path) as another:
+                check_only(another, image, rest, sink)
+            assert sink.complete() and bytes(sink) == image
+
+
+def test_holes_among_some_chunks_do_not_travel(tmp_path: Path) -> None:
+    with nbdkit(tmp_path, "memory", "1G") as path, NbdConnection(unix=path) as disk:
+        only, progress = Bitmap((1 << 30) // CHUNK), Progress()
+        only.set(7, 10_000)
+        copy_in(disk, MemorySink(disk.size, CHUNK), progress, only=only)
+        assert (progress.zero_bytes, progress.bytes_read) == (10_000 * CHUNK, 0)
+
+
+def test_a_bitmap_of_another_image(tmp_path: Path) -> None:
+    with nbdkit(tmp_path, "memory", "1M") as path, NbdConnection(unix=path) as disk:
+        with pytest.raises(ValueError, match="a bitmap of 17 bits for an image of 16 chunks"):
+            copy_in(disk, MemorySink(1 << 20, CHUNK), Progress(), only=Bitmap(17))
+        assert not disk.closed
+
+
 def test_an_empty_image(tmp_path: Path) -> None:
     with nbdkit(tmp_path, "memory", "0") as path, NbdConnection(unix=path) as disk:
         check_in(disk, b"")
+        copy_in(disk, MemorySink(0, CHUNK), Progress(), only=Bitmap(0))
         copy_out(MemorySource(0, CHUNK), disk, Progress(), target_is_zero=False)
 
 
