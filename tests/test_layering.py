@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
 OWNERS: dict[str, set[str]] = {
     "libvirt": {"vmbackupd.hypervisor.libvirt"},
     "libvirt_qemu": {"vmbackupd.hypervisor.libvirt"},
-    "qemu": {"vmbackupd.hypervisor.storage_daemon"},
+    "qemu": {"vmbackupd.hypervisor.qmpclient"},
     "pyudev": {"vmbackupd.host.udev"},
     "systemd": {"vmbackupd.daemon.sd"},
     "boto3": {"vmbackupd.repository.s3client"},

@@ -57,16 +57,17 @@ class DomainDisk:
 
 @dataclass(frozen=True, slots=True)
 class DomainInfo:
-    """A domain as it is now. ``xml`` is the live definition (the inactive one when it is off), with secrets.
-    ``has_agent``: there is a port for the guest agent; whether anybody answers there is asked with ``guest-ping``."""
+    """A domain as it is now. ``config`` is its whole configuration, secrets too, as texts by the names they have in a
+    backup: of libvirt ``domain.xml`` (live, or inactive when it is off) and ``domain-inactive.xml`` (persistent
+    domains). ``has_agent``: there is a port for the guest agent; whether anybody answers there is asked with
+    ``guest-ping``."""
 
     name: str
     uuid: str
     running: bool
     persistent: bool
     has_agent: bool
-    xml: str
-    inactive_xml: str | None
+    config: Mapping[str, str]
     disks: tuple[DomainDisk, ...]
     hostdevs: tuple[str, ...]  # one readable line for each <hostdev>
     nvram: str | None  # path of the UEFI variable store

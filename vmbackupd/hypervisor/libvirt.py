@@ -599,10 +599,13 @@ def _read_domain(conn: Any, name_or_uuid: str) -> DomainInfo:
         disks.append(replace(
             _resolved(conn, disk), size=_capacity(dom, disk),
             address=dx.guest_address(element, root, places) if places is not None else None))
+    config = {"domain.xml": text}
+    if persistent:
+        config["domain-inactive.xml"] = dom.XMLDesc(_INACTIVE)
     return DomainInfo(
         name=dom.name(), uuid=dom.UUIDString(), running=running, persistent=persistent, has_agent=dx.has_agent(root),
-        xml=text, inactive_xml=dom.XMLDesc(_INACTIVE) if persistent else None, disks=tuple(disks),
-        hostdevs=tuple(dx.hostdevs(root)), nvram=dx.nvram_path(root), tpm_state=dx.tpm_state(root, _tpm_base(conn)))
+        config=config, disks=tuple(disks), hostdevs=tuple(dx.hostdevs(root)), nvram=dx.nvram_path(root),
+        tpm_state=dx.tpm_state(root, _tpm_base(conn)))
 
 
 def _capacity(dom: Any, disk: DomainDisk) -> int | None:

@@ -6,7 +6,6 @@ socket to find, and the kernel kills it when this process dies. NBD's unix socke
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
 import os
@@ -17,17 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from qemu.qmp import ExecuteError, QMPClient, QMPError, Runstate
-
 from vmbackupd.errors import HypervisorError, InvalidArgument
 from vmbackupd.host.process import Child, CommandFailed
 from vmbackupd.hypervisor.images import ImageInfo, create_qcow2, image_chain, image_info
+from vmbackupd.hypervisor.qmpclient import COMMAND, QmpClient, QmpLost
 
 __all__ = ["ImageInfo", "ImageSpec", "IscsiLun", "NbdExport", "StorageDaemon", "create_qcow2", "end_leftovers",
            "image_info"]
 
 START = 20.0
-COMMAND = 30.0
+ENDED = 30.0  # until an export has let go of its clients
 QUIT = 20.0  # it writes back what it holds
 OPEN = 60.0  # opening may log in to an iSCSI target
 SOCKET_PATH_LIMIT = 107  # sun_path without its NUL
@@ -89,7 +87,7 @@ class StorageDaemon:
         if len(os.fsencode(self.socket)) > SOCKET_PATH_LIMIT:
             raise InvalidArgument(f"runtime directory {runtime_dir}: its path is too long for a unix socket in it")
         self._child: Child | None = None
-        self._qmp = QMPClient("qemu-storage-daemon")
+        self._qmp = QmpClient("qemu-storage-daemon")
         self._exports: dict[str, str] = {}  # export name: id of export and node
         self._numbers = itertools.count()
 
@@ -111,26 +109,26 @@ class StorageDaemon:
                      "--chardev", f"socket,id=qmp,fd={theirs.fileno()}", "--monitor", "chardev=qmp"],
                     pass_fds=[theirs.fileno()])
             ours.setblocking(False)
-            await asyncio.wait_for(self._qmp.connect(ours), START)
+            await self._qmp.connect(ours, timeout=START)
             await self._execute("nbd-server-start", {
                 "addr": {"type": "unix", "data": {"path": self.socket}}, "max-connections": 0})
-        except (CommandFailed, QMPError, OSError, TimeoutError) as error:
+        except (CommandFailed, HypervisorError, OSError) as error:
             await self.close()
             told = self._child.stderr if self._child else ""
-            raise HypervisorError(f"qemu-storage-daemon did not start: {error or type(error).__name__}"
+            raise HypervisorError(f"qemu-storage-daemon did not start: {error}"
                                   + (f" ({told})" if told else "")) from error
         except BaseException:
             await self.close()
             raise
         finally:
-            if self._qmp.runstate is not Runstate.RUNNING:
+            if not self._qmp.connected:
                 ours.close()
 
     async def close(self) -> None:
         """End the process: asked first, killed if it does not go. Its sockets are removed. Can be called again."""
         follows = False
         try:
-            if self._qmp.runstate is Runstate.RUNNING:
+            if self._qmp.connected:
                 try:
                     await self._execute("quit", {}, timeout=QUIT)
                     follows = True
@@ -138,16 +136,9 @@ class StorageDaemon:
                     log.warning("%s; it will be killed", error)
         finally:
             try:
-                await self._disconnect()
+                await self._qmp.close()
             finally:
                 await self._reap(QUIT if follows else 0)
-
-    async def _disconnect(self) -> None:
-        try:
-            if self._qmp.runstate is not Runstate.IDLE:
-                await asyncio.wait_for(self._qmp.disconnect(), QUIT)
-        except (QMPError, OSError, EOFError, TimeoutError):
-            pass  # what it has to say about a connection that is being closed is of no use
 
     async def _reap(self, patience: float) -> None:
         try:
@@ -190,15 +181,13 @@ class StorageDaemon:
         node = self._exports.get(name)
         if node is None:
             return
-        with self._qmp.listener(("BLOCK_EXPORT_DELETED",)) as deleted:
+        with self._qmp.listen("BLOCK_EXPORT_DELETED") as deleted:
             await self._execute("block-export-del", {"id": node, "mode": "hard"}, about=name)
             while True:
-                try:
-                    event = await asyncio.wait_for(deleted.get(), COMMAND)
-                except TimeoutError:
-                    raise HypervisorError(f"qemu-storage-daemon: export {name} does not end") from None
-                data = event["data"]
-                if isinstance(data, dict) and data.get("id") == node:
+                event = await deleted.next(ENDED)
+                if event is None:
+                    raise HypervisorError(f"qemu-storage-daemon: export {name} does not end")
+                if event["data"]["id"] == node:
                     break
         del self._exports[name]
         await self._execute("blockdev-del", {"node-name": node}, timeout=OPEN, about=name)
@@ -224,17 +213,12 @@ class StorageDaemon:
         return backing
 
     async def _execute(self, command: str, arguments: dict[str, object], *, timeout: float = COMMAND,
-                       about: str = "") -> object:
-        prefix = f"qemu-storage-daemon: {command}" + (f" ({about})" if about else "")
+                       about: str = "") -> None:
         try:
-            return await asyncio.wait_for(self._qmp.execute(command, arguments), timeout)
-        except ExecuteError as error:
-            raise HypervisorError(f"{prefix}: {error}") from error
-        except TimeoutError as error:
-            raise HypervisorError(f"{prefix}: no answer within {timeout:g} s") from error
-        except (QMPError, OSError, EOFError) as error:
+            await self._qmp.execute(command, arguments, timeout=timeout, about=about)
+        except QmpLost as error:
             told = self._child.stderr if self._child else ""
-            raise HypervisorError(f"{prefix}: it is gone" + (f": {told}" if told else "")) from error
+            raise HypervisorError(f"{error}" + (f": {told}" if told else "")) from error
 
 
 def _node(driver: str, file: dict[str, object], writable: bool) -> dict[str, object]:

@@ -279,7 +279,7 @@ def test_a_domain_is_described_from_xml_and_qemu(two_disks: Machine) -> None:
         info = await hv.domain(two_disks.uuid)
         disks = {d.target: d for d in info.disks}
         assert {name: d.size for name, d in disks.items()} == {"vda": 32 << 20, "sda": 32 << 20, "sdb": None}
-        assert info.running and info.persistent and info.inactive_xml is not None and info.nvram is None
+        assert info.running and info.persistent and "domain-inactive.xml" in info.config and info.nvram is None
         address = disks["sda"].address
         # there is no address while the firmware has not numbered the buses
         assert disks["vda"].address is None or disks["vda"].address.pci.startswith("0000:")
@@ -291,7 +291,7 @@ def test_a_domain_is_described_from_xml_and_qemu(two_disks: Machine) -> None:
         await hv.undefine(two_disks.uuid)
         with pytest.raises(NotFound):
             await hv.undefine(two_disks.uuid)
-        assert await hv.define(off.inactive_xml or "") == two_disks.uuid
+        assert await hv.define(off.config["domain-inactive.xml"]) == two_disks.uuid
 
     two_disks.with_hypervisor(work)
 

@@ -45,7 +45,7 @@ def disk(target: str, pci: str, **more: object) -> DomainDisk:
 
 
 def domain(*disks: DomainDisk) -> DomainInfo:
-    return DomainInfo("web1", "u", True, True, True, "<domain/>", None, disks, (), None, None)
+    return DomainInfo("web1", "u", True, True, True, {}, disks, (), None, None)
 
 
 PLAIN_ROOT = device("vda", "254:0", pci="0000:01:00.0", mounts=ROOT)

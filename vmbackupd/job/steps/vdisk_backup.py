@@ -61,12 +61,11 @@ async def _copy(ctx: BackupContext, name: str, spec: ImageSpec) -> tuple[str, in
 
 
 def _store_configuration(ctx: BackupContext) -> None:
-    """Domain XML (active and inactive), and NVRAM and TPM state where there are any."""
+    """The domain's definition, and NVRAM and TPM state where there are any."""
     assert ctx.writer is not None
     blobs = ctx.config_blobs
-    blobs["domain.xml"] = ctx.writer.blob(ctx.domain.xml.encode())
-    if ctx.domain.inactive_xml is not None:
-        blobs["domain-inactive.xml"] = ctx.writer.blob(ctx.domain.inactive_xml.encode())
+    for name, text in ctx.domain.config.items():
+        blobs[name] = ctx.writer.blob(text.encode())
     if ctx.domain.nvram is not None:
         blobs["nvram"] = ctx.writer.blob(_read(Path(ctx.domain.nvram)))
     if ctx.domain.tpm_state is not None:
