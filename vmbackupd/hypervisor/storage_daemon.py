@@ -54,13 +54,15 @@ class ImageSpec:
     """An image to open: ``driver`` is its format (qcow2, raw), given and never probed; exactly one of ``path`` (a file
     or a block device) and ``iscsi``. Backing files follow the headers, each of which must name the next one's format.
 
-    ``compress``: what is written to it is stored compressed; writes must be whole clusters then.
+    ``compress``: what is written to it is stored compressed; writes must be whole clusters then. ``live``: somebody else
+    writes to it meanwhile, past this machine's cache, so nothing is read from there.
     """
 
     driver: str
     path: str | None = None
     iscsi: IscsiLun | None = None
     compress: bool = False
+    live: bool = False
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.iscsi is None):
@@ -162,6 +164,8 @@ class StorageDaemon:
         blockdev = await self._blockdev(spec, writable)
         if spec.compress:
             blockdev = {"driver": "compress", "file": blockdev, "read-only": not writable}
+        if spec.live:
+            _without_cache(blockdev)
         await self._execute("blockdev-add", {"node-name": node, **blockdev}, timeout=OPEN, about=str(spec))
         try:
             await self._execute("block-export-add", {
@@ -226,6 +230,15 @@ def _node(driver: str, file: dict[str, object], writable: bool) -> dict[str, obj
     if writable:
         node["discard"] = "unmap"
     return node
+
+
+def _without_cache(node: dict[str, object]) -> None:
+    """Every read goes to the storage. For a block device that is past the page cache; the iscsi driver would remember
+    what the target had said of allocation, and go on reading as zeros what was written since (``allocmap`` there)."""
+    node["cache"] = {"direct": True}
+    file = node.get("file")
+    if isinstance(file, dict):
+        _without_cache(file)
 
 
 def _file(path: str, writable: bool) -> dict[str, object]:

@@ -17,10 +17,13 @@ from typing import TypeVar
 import pytest
 
 from tests.unit.hypervisor.machine import Machine, create, pattern, tool
+from vmbackupd.engine.nbd import NbdConnection
+from vmbackupd.engine.nbdimage import NbdSource
 from vmbackupd.errors import HypervisorError, InvalidArgument
 from vmbackupd.hypervisor.images import create_overlay, image_chain, qcow2_in_use
 from vmbackupd.hypervisor.storage_daemon import (
     ImageSpec,
+    IscsiLun,
     NbdExport,
     StorageDaemon,
     create_qcow2,
@@ -334,6 +337,7 @@ def iscsi_target(tmp_path: Path) -> object:
                     raise
                 time.sleep(0.05)
         admin("--op", "new", "--mode", "logicalunit", "--tid", "1", "--lun", "3", "-b", str(backing))
+        admin("--op", "update", "--mode", "logicalunit", "--tid", "1", "--lun", "3", "--params", "thin_provisioning=1")
         admin("--op", "bind", "--mode", "target", "--tid", "1", "-I", "ALL")
         yield f"127.0.0.1:{port}", "iqn.2025-01.org.vmbackupd:t", 3, backing
     finally:
@@ -341,9 +345,59 @@ def iscsi_target(tmp_path: Path) -> object:
         target.wait()
 
 
-def test_an_iscsi_lun_is_read_and_written(run: Run, tmp_path: Path, iscsi_target: tuple[str, str, int, Path]) -> None:
-    from vmbackupd.hypervisor.storage_daemon import IscsiLun
+def test_a_live_image_is_read_past_the_cache_while_somebody_writes_to_it(run: Run, tmp_path: Path) -> None:
+    image = create(tmp_path / "image.raw", "raw")
 
+    async def work(daemon: StorageDaemon) -> None:
+        async with StorageDaemon(tmp_path / "run") as theirs:
+            write_to = await theirs.export("w", ImageSpec("raw", str(image)), writable=True)
+            export = await daemon.export("r", ImageSpec("raw", str(image), live=True))
+            assert opened_directly(image) == [False, True]
+            with connect(write_to) as writer, connect(export) as reader:
+                for number in (1, 2):
+                    writer.pwrite(4096, bytes([number]) * 4096)
+                    assert reader.pread(4096, 4096) == bytes([number]) * 4096
+
+    run(work)
+
+
+def opened_directly(image: Path) -> list[bool]:
+    """Of every descriptor that a storage daemon has of this file: whether it goes past the page cache; sorted."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if os.readlink(link) == str(image):
+                flags = (link.parent.parent / "fdinfo" / link.name).read_text().split("flags:")[1].split()[0]
+                found.append(bool(int(flags, 8) & os.O_DIRECT))
+        except OSError:
+            continue  # closed meanwhile
+    return sorted(found)
+
+
+def connect(export: NbdExport) -> NbdConnection:
+    return NbdConnection(unix=export.socket, export=export.name)
+
+
+def test_a_live_lun_is_read_as_another_initiator_writes_it(
+    run: Run, tmp_path: Path, iscsi_target: tuple[str, str, int, Path]
+) -> None:
+    portal, iqn, lun, _ = iscsi_target
+    spec = IscsiLun(portal, iqn, lun)
+
+    async def work(daemon: StorageDaemon) -> None:
+        async with StorageDaemon(tmp_path / "run") as theirs:
+            write_to = await theirs.export("w", ImageSpec("raw", iscsi=spec), writable=True)
+            export = await daemon.export("r", ImageSpec("raw", iscsi=spec, live=True))
+            with connect(write_to) as writer, connect(export) as reader:
+                assert reader.read_only and list(NbdSource(reader).data_runs()) == [(0, 1)]  # qemu-img wrote it
+                writer.pwrite(1 << 20, b"x" * 65536)
+                assert reader.pread(1 << 20, 65536) == b"x" * 65536
+                assert list(NbdSource(reader).data_runs()) == [(0, 1), (16, 1)]
+
+    run(work)
+
+
+def test_an_iscsi_lun_is_read_and_written(run: Run, tmp_path: Path, iscsi_target: tuple[str, str, int, Path]) -> None:
     portal, iqn, lun, backing = iscsi_target
     data = create(tmp_path / "data.raw", "raw")
     write(data, "raw", 4, "3M", "128k")
