@@ -54,8 +54,8 @@ class ImageSpec:
     """An image to open: ``driver`` is its format (qcow2, raw), given and never probed; exactly one of ``path`` (a file
     or a block device) and ``iscsi``. Backing files follow the headers, each of which must name the next one's format.
 
-    ``compress``: what is written to it is stored compressed; writes must be whole clusters then. ``live``: somebody else
-    writes to it meanwhile, past this machine's cache, so nothing is read from there.
+    ``compress``: what is written to it is stored compressed; writes must be whole clusters then. ``live``: somebody
+    else writes to it meanwhile, past this machine's cache, so nothing is read from there.
     """
 
     driver: str
