@@ -36,6 +36,17 @@ from vmbackupd.typed import get_bool, get_strs
 GUEST_PACKAGE = "vmbackupd-guest"
 """The package that brings the helper into guests whose agent runs no programs for us."""
 
+CHANGED = "#changed"
+"""Appended to a disk's export name: a bitmap (least significant bit first) of what changed since its generation."""
+HASHES = "#hashes"
+"""Sixteen bytes for each chunk: BLAKE2b with the key given, or zero for a chunk of zeros."""
+EXCEPTIONS = "#exceptions"
+"""The chunks that were overwritten since T1, as a bitmap of the moment at which the export is opened."""
+CAPTURED = "#captured"
+"""The disk with what the capture took of it."""
+REST = "#rest"
+"""The chunks that the capture found marked, as a bitmap: those to be read from the captured disk."""
+
 START_TIMEOUT = 60.0  # an emulated guest takes ten seconds to start a Python
 INSTALLED_TIMEOUT = 20.0  # for udev and systemd in the guest to start an installed helper
 RECONNECT_TIMEOUT = 6.0
@@ -139,10 +150,20 @@ class GuestHelper:
         """Whether the snapshots still hold."""
         return parse_status(await self._call("status", {}, _SHORT))
 
-    async def serve(self, channel: str, disks: Mapping[str, str]) -> None:
-        """Serve ``disks`` (export name → device) as of T1 over NBD on the port ``channel``."""
+    async def serve(
+        self, channel: str, disks: Mapping[str, str], *, live: bool = False, hash_key: bytes | None = None
+    ) -> None:
+        """Serve ``disks`` (export name → device) over NBD on the port ``channel``: as of T1, or as they are now if
+        ``live``. Whatever served the port before ends.
+
+        Beside each disk stands what is known of it: :data:`CHANGED` and so on, appended to its name. ``hash_key``
+        (16 to 64 bytes) adds :data:`HASHES`.
+        """
         items = [{"name": name, "device": device} for name, device in disks.items()]
-        await self._call("serve", {"port": channel, "disks": items}, _LONG)
+        params: dict[str, object] = {"port": channel, "disks": items, "live": live}
+        if hash_key is not None:
+            params["hash_key"] = hash_key.hex()
+        await self._call("serve", params, _LONG)
 
     async def release(self) -> list[str]:
         """Remove everything of the job from the guest's device-mapper; returns the names of what was there."""

@@ -8,9 +8,11 @@ import time
 from typing import Any, Callable, Dict, List, Optional
 
 from . import HELPER_VERSION, PROTOCOL, devices, memory, release
+from .capture import Capture
 from .dm import Dm
+from .exports import Known
 from .failures import HelperError, clip
-from .params import Params, job_id, number
+from .params import Params, boolean, job_id, number
 from .port import PAUSE, Port, PortClosed, PortGone, hello_in
 from .serving import Serving
 from .snapshot import Snapshot
@@ -29,6 +31,7 @@ class Control:
         self._dm: Optional[Dm] = None
         self._snapshot: Optional[Snapshot] = None
         self._guard: Optional[Watchdog] = None
+        self._capture: Optional[Capture] = None
         self._serving = Serving(files)
         self._heard = time.monotonic()
         self._in_session = False
@@ -180,9 +183,10 @@ class Control:
         return {"boot_id": devices.boot_id(), "volumes": self._snapshot.status() if self._snapshot is not None else []}
 
     def _serve(self, params: Params) -> Dict[str, Any]:
-        if self._snapshot is not None and not self._snapshot.taken:
+        if self._snapshot is not None and not self._snapshot.taken and not boolean(params, "live"):
             raise HelperError("WrongState", "the snapshots are not taken yet")
-        self._serving.start(params, self._dm, self._snapshot, self._port.close)
+        known = Known(self._dm, self._snapshot, self._capture, lambda device: None)
+        self._serving.start(params, known, self._port.close)
         return {}
 
     def _release(self, params: Params) -> Dict[str, Any]:

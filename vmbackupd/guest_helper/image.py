@@ -5,7 +5,7 @@ import bisect
 import errno
 import mmap
 import os
-from typing import Iterable, List, NamedTuple, Tuple
+from typing import Iterable, Iterator, List, NamedTuple, Tuple
 
 from .stack import Piece
 
@@ -27,6 +27,10 @@ class Device:
             self._fd, self._direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC), False  # tmpfs knows no O_DIRECT
         self.size = os.lseek(self._fd, 0, os.SEEK_END)
         self._memory = memoryview(mmap.mmap(-1, PIECE + 2 * _ALIGN))
+
+    def close(self) -> None:
+        """Let go of it: a device of ours that is open cannot be removed."""
+        os.close(self._fd)
 
     def read(self, offset: int, length: int) -> memoryview:
         """``length <= PIECE`` bytes, valid until the next read. Raises ``OSError``, also where the device ends
@@ -54,12 +58,22 @@ class _Part(NamedTuple):
     offset: int
 
 
-class Image:
-    """``size`` bytes put together from several devices."""
+class Source:
+    """``size`` bytes that can be read."""
+
+    size = 0
+
+    def read(self, offset: int, length: int) -> bytes:
+        """``length <= PIECE`` bytes within the size. Raises ``OSError``."""
+        raise NotImplementedError
+
+
+class Image(Source):
+    """A disk put together from several devices."""
 
     def __init__(self, live: Device, overlays: Iterable[Tuple[Device, List[Piece]]] = (), disk: str = "") -> None:
         """``live`` is the disk ``disk``; the ``overlays`` are snapshots with the places of their bytes."""
-        self.size = live.size
+        self.size, self._live = live.size, live
         hooked = sorted(
             (
                 (piece.disk_offset, piece.length, piece.offset, device)
@@ -84,14 +98,27 @@ class Image:
         self._ends = [part.end for part in self._parts]
 
     def read(self, offset: int, length: int) -> bytes:
-        """``length <= PIECE`` bytes within the image. Raises ``OSError``."""
-        found = []
+        found = [bytes(data) for data in self._pieces(offset, length)]
+        return found[0] if len(found) == 1 else b"".join(found)
+
+    def read_into(self, offset: int, memory: memoryview) -> None:
+        """Fill ``memory`` (at most PIECE bytes) from ``offset``, allocating nothing of its size. Raises ``OSError``."""
+        at = 0
+        for data in self._pieces(offset, len(memory)):
+            memory[at : at + len(data)] = data
+            at += len(data)
+
+    def live(self) -> List[Tuple[int, int]]:
+        """(start, end) of the bytes that come from the disk itself and not from a snapshot."""
+        return [(part.start, part.end) for part in self._parts if part.device is self._live]
+
+    def _pieces(self, offset: int, length: int) -> Iterator[memoryview]:
+        """The bytes, piece by piece, each valid until the next."""
         while length:
             part = self._parts[bisect.bisect_right(self._ends, offset)]
             count = min(length, part.end - offset)
-            found.append(bytes(part.device.read(part.offset + offset - part.start, count)))
+            yield part.device.read(part.offset + offset - part.start, count)
             offset, length = offset + count, length - count
-        return found[0] if len(found) == 1 else b"".join(found)
 
     def _add(self, start: int, end: int, device: Device, offset: int) -> None:
         if start >= end:

@@ -6,6 +6,7 @@ again.
 
 import ctypes
 import gc
+import mmap
 import signal
 from typing import Set
 
@@ -23,6 +24,30 @@ def lock() -> None:
         raise HelperError("NoMemoryLock", "cannot lock the helper's memory (errno %d)" % ctypes.get_errno())
     # Memory is then not reclaimed by writing to the very disks that are suspended (Linux 5.6; older ones refuse).
     _libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
+
+
+def reserve(size: int) -> mmap.mmap:
+    """``size`` bytes that are in memory now and stay there; forked children share them. Raises ``HelperError``."""
+    try:
+        memory = mmap.mmap(-1, size)
+    except OSError as error:
+        raise HelperError("NoMemory", "cannot reserve %d bytes of memory: %s" % (size, error.strerror))
+    view = (ctypes.c_char * size).from_buffer(memory)
+    locked = _libc.mlock(ctypes.byref(view), ctypes.c_size_t(size)) == 0
+    del view  # else the memory could not be given back
+    if not locked:
+        memory.close()
+        raise HelperError("NoMemory", "cannot lock %d bytes of memory (errno %d)" % (size, ctypes.get_errno()))
+    return memory
+
+
+def available() -> int:
+    """Bytes that processes can still be given without swapping."""
+    with open("/proc/meminfo") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def unlock() -> None:

@@ -11,7 +11,8 @@ import struct
 import threading
 from typing import Dict, List, Optional
 
-from .blocks import BLOCK, Block, Blocks
+from .blocks import BLOCK, Block, Export
+from .failures import HelperError, clip
 from .image import PIECE
 from .port import Port, PortClosed, PortGone, Resync
 
@@ -20,7 +21,7 @@ MAX_REQUEST = 32 << 20
 _MAGIC, _IHAVEOPT, _REPLY = 0x4E42444D41474943, 0x49484156454F5054, 0x3E889045565A9
 _EXPORT_NAME, _ABORT, _LIST, _INFO, _GO, _STRUCTURED, _LIST_META, _SET_META = 1, 2, 3, 6, 7, 8, 9, 10
 _ACK, _SERVER, _REP_INFO, _REP_META = 1, 2, 3, 4
-_ERR_UNSUP, _ERR_INVALID, _ERR_UNKNOWN = 2**31 + 1, 2**31 + 3, 2**31 + 6
+_ERR_UNSUP, _ERR_INVALID, _ERR_PLATFORM, _ERR_UNKNOWN = 2**31 + 1, 2**31 + 3, 2**31 + 4, 2**31 + 6
 _TFLAGS = 1 | 2 | 128  # flags, read-only, DF; not multi-conn, though it would be true: a port carries one connection
 _REQUEST, _SIMPLE, _CHUNK = 0x25609513, 0x67446698, 0x668E33EF
 _READ, _WRITE, _DISC, _FLUSH, _STATUS = 0, 1, 2, 3, 7
@@ -74,7 +75,7 @@ class _Sender:
 class Server:
     """Serves ``exports`` on ``port``, one session after the other."""
 
-    def __init__(self, port: Port, exports: Dict[str, Blocks]) -> None:
+    def __init__(self, port: Port, exports: Dict[str, Export]) -> None:
         self._port, self._exports = port, exports
 
     def serve(self) -> None:
@@ -101,7 +102,7 @@ class Server:
 
 
 class _Session:
-    def __init__(self, port: Port, sender: _Sender, exports: Dict[str, Blocks]) -> None:
+    def __init__(self, port: Port, sender: _Sender, exports: Dict[str, Export]) -> None:
         self._port, self._put, self._exports = port, sender.put, exports
         self._structured = False
         self._context: Optional[bytes] = None  # the export whose block status was asked for
@@ -155,13 +156,19 @@ class _Session:
         self._put(struct.pack(">QIII", _REPLY, option, kind, len(data)) + data)
 
     def _choose(self, name: bytes) -> bool:
+        """Raises ``OSError`` or ``HelperError`` where there is such an export, but not now."""
         blocks = self._exports.get(name.decode("utf-8", "replace"))
         if blocks is not None:
+            blocks.open()
             self._blocks = blocks
         return blocks is not None
 
     def _old_go(self, name: bytes, zeroes: bool) -> None:
-        if not self._choose(name) or self._blocks is None:
+        try:
+            chosen = self._choose(name)
+        except (OSError, HelperError):
+            chosen = False
+        if not chosen or self._blocks is None:
             raise Resync  # this option knows no error but the end of the connection
         self._put(struct.pack(">QH", self._blocks.size, _TFLAGS) + (bytes(124) if zeroes else b""))
 
@@ -170,7 +177,13 @@ class _Session:
         name = data[4 : 4 + length]
         if len(data) < 6 + length:
             self._reply(option, _ERR_INVALID)
-        elif not self._choose(name) or self._blocks is None:
+            return False
+        try:
+            chosen = self._choose(name)
+        except (OSError, HelperError) as error:
+            self._reply(option, _ERR_PLATFORM, clip(str(error), 1000).encode("utf-8", "replace"))
+            return False
+        if not chosen or self._blocks is None:
             self._reply(option, _ERR_UNKNOWN)
         else:
             self._reply(option, _REP_INFO, struct.pack(">HQH", 0, self._blocks.size, _TFLAGS))

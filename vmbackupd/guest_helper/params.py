@@ -2,7 +2,7 @@
 kernel."""
 
 import re
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 from .failures import HelperError
 
@@ -47,6 +47,27 @@ def text(params: Params, key: str, limit: int = 255) -> str:
     value = params.get(key)
     if not isinstance(value, str) or not 0 < len(value) <= limit or "\0" in value:
         raise HelperError("InvalidArgument", "%s: expected a string, got %.40r" % (key, value))
+    return value
+
+
+def boolean(params: Params, key: str) -> bool:
+    """True or false; false where there is nothing."""
+    value = params.get(key, False)
+    if not isinstance(value, bool):
+        raise HelperError("InvalidArgument", "%s: expected true or false, got %.40r" % (key, value))
+    return value
+
+
+def hexadecimal(params: Params, key: str, minimum: int, maximum: int) -> Optional[bytes]:
+    """Bytes in hexadecimal digits, None where there is nothing."""
+    if params.get(key) is None:
+        return None
+    try:
+        value = bytes.fromhex(text(params, key, 2 * maximum))
+    except ValueError:
+        value = b""
+    if not minimum <= len(value) <= maximum:
+        raise HelperError("InvalidArgument", "%s: expected %d to %d bytes in hexadecimal" % (key, minimum, maximum))
     return value
 
 

@@ -41,6 +41,7 @@ class Volume(NamedTuple):
 
     wanted: Wanted
     real: int
+    cow: int
     snap: int
     origin: List[Target]
 
@@ -200,7 +201,7 @@ class Snapshot:
             [Target(0, size, "snapshot", "%s %s P %d" % (real.devno, cow.devno, chunk))],
             READONLY,
         )
-        return Volume(volume, real.number, snap, origin)
+        return Volume(volume, real.number, cow.number, snap, origin)
 
     def _require_prepared(self) -> None:
         """Nobody has touched the volumes since ``prepare``."""

@@ -159,6 +159,9 @@ def test_overlong_line_ends_the_session(start_helper: Start, control: str) -> No
         ("serve", {"port": "x", "disks": []}),
         ("serve", {"port": "no such port", "disks": [{"name": "a", "device": "9999:9"}]}),
         ("serve", {"port": "fd:0", "disks": [{"name": "a", "device": "/etc/passwd"}]}),
+        ("serve", {"port": "fd:0", "disks": [{"name": "a", "device": "8:0"}], "live": 1}),
+        ("serve", {"port": "fd:0", "disks": [{"name": "a", "device": "8:0"}], "hash_key": "ab"}),
+        ("serve", {"port": "fd:0", "disks": [{"name": "a", "device": "8:0"}], "hash_key": "no" * 16}),
     ],
 )
 def test_refused_requests_leave_the_session(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import random
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.guest.support import Relay, Start, listen
+from vmbackupd.errors import GuestHelperError
 from vmbackupd.guest.client import GuestHelper, open_data_channel
 from vmbackupd.units import KiB, MiB
 
@@ -382,3 +384,54 @@ def test_memory_is_bounded(data: str, tmp_path: Path) -> None:
             if "Name:\tvmbk-nbd" in text and str(tmp_path) in status.with_name("cmdline").read_text():
                 peaks += [int(line.split()[1]) for line in text.splitlines() if line.startswith("VmHWM")]
     assert peaks and max(peaks) < 150 * 1024, peaks
+
+
+def test_later_server_ends_the_earlier(tmp_path: Path, disk: Path, start_helper: Start) -> None:
+    """A live disk with its hashes first, then on the same port the disk alone."""
+    key = bytes(range(16))
+    with listen(tmp_path / "data") as sock:
+        start_helper(keep=(sock.fileno(),))
+        number = sock.fileno()
+
+        async def serve(hash_key: bytes | None) -> None:
+            helper = await GuestHelper.reconnect(str(tmp_path / "control"), vm="vm", job="j01234567")
+            await helper.serve(f"fd:{number}", {"disk": f"file:{disk}"}, live=True, hash_key=hash_key)
+            await helper.close()
+
+        asyncio.run(serve(key))
+        with connect(str(tmp_path / "data")) as earlier:
+            client = Client(earlier, name="disk#hashes")
+            client.send(0, 16, 160)
+            expected = b"".join(
+                hashlib.blake2b(chunk, digest_size=16, key=key).digest() if chunk.strip(b"\0") else bytes(16)
+                for chunk in (disk.read_bytes()[at : at + BLOCK] for at in range(BLOCK, 11 * BLOCK, BLOCK))
+            )
+            assert assembled(client.chunks(), 16, 160) == expected
+            asyncio.run(serve(None))
+            assert earlier.recv(1) == b""
+    with connect(str(tmp_path / "data")) as later:
+        assert names(later) == ["disk"]
+        later.sendall(b"IHAVEOPT" + struct.pack(">II", 2, 0))
+
+
+def names(sock: socket.socket) -> list[str]:
+    """The exports of a server, by hand."""
+    client = Client.__new__(Client)
+    client.sock = sock
+    client.take(18)
+    sock.sendall(struct.pack(">I", 3))
+    return [data[4:].decode() for kind, data in client.option(3, b"") if kind == 2]
+
+
+def test_derived_names_that_collide_are_refused(tmp_path: Path, disk: Path, start_helper: Start) -> None:
+    start_helper()
+
+    async def serve() -> None:
+        helper = await GuestHelper.reconnect(str(tmp_path / "control"), vm="vm", job="j01234567")
+        try:
+            with pytest.raises(GuestHelperError, match="a#hashes"):
+                await helper.serve("fd:0", {"a": f"file:{disk}", "a#hashes": f"file:{disk}"}, hash_key=bytes(16))
+        finally:
+            await helper.close()
+
+    asyncio.run(serve())
