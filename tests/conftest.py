@@ -23,7 +23,7 @@ PROGRAMS = """
     qemu-system-x86_64 qemu-img qemu-storage-daemon libvirtd dbus-daemon tgtd tgtadm mmdebstrap mkfs.ext4 debugfs e2fsck
     unshare gzip
 """
-LAB_FIXTURES = {"lab", "plain_guest", "lvm_guest"}
+LAB_FIXTURES = {"lab", "plain_guest", "lvm_guest", "trixie_guest", "bullseye_guest"}
 
 
 def missing() -> list[str]:
@@ -96,6 +96,22 @@ def plain_guest(lab: Lab) -> Iterator[Guest]:
 def lvm_guest(lab: Lab) -> Iterator[Guest]:
     """The session's guest with everything on LVM. Shared: leave it as it was."""
     guest = lab.start_guest("lvm")
+    yield guest
+    require_healthy_kernel(guest)
+
+
+@pytest.fixture(scope="session")
+def trixie_guest(lab: Lab) -> Iterator[Guest]:
+    """The session's guest with Debian 13 (Linux 6.12). Shared: leave it as it was."""
+    guest = lab.start_guest("trixie")
+    yield guest
+    require_healthy_kernel(guest)
+
+
+@pytest.fixture(scope="session")
+def bullseye_guest(lab: Lab) -> Iterator[Guest]:
+    """The session's guest with Debian 11 (Linux 5.10). Shared: leave it as it was."""
+    guest = lab.start_guest("bullseye")
     yield guest
     require_healthy_kernel(guest)
 

@@ -1,21 +1,22 @@
-"""``python -m tests.lab shell [plain|lvm]``: a lab and a guest by hand, until standard input ends or Ctrl-C."""
+"""``python -m tests.lab shell [KIND]``: a lab and a guest by hand, until standard input ends or Ctrl-C."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 
-from tests.lab.image import ensure, timed
-from tests.lab.lab import Lab
+from tests.lab.image import SYSTEMS, ensure, timed
+from tests.lab.lab import KINDS, Lab
 
 
 def main(words: list[str]) -> int:
     """Run one command; the exit status."""
     if words[:1] == ["image"]:
-        print(ensure().directory)
+        for system in SYSTEMS:
+            print(ensure(system).directory)
         return 0
-    if words[:1] != ["shell"] or len(words) > 2:
-        print("usage: python -m tests.lab image | shell [plain|lvm]", file=sys.stderr)
+    if words[:1] != ["shell"] or len(words) > 2 or not {*words[1:]} <= {*KINDS}:
+        print(f"usage: python -m tests.lab image | shell [{'|'.join(KINDS)}]", file=sys.stderr)
         return 2
     kind = words[1] if len(words) == 2 else "plain"
     with contextlib.suppress(KeyboardInterrupt), Lab() as lab:

@@ -1,14 +1,15 @@
 """Builds the disks that lab guests start from, once, and keeps them in a cache.
 
-The root is a Debian 12 made by mmdebstrap and packed by ``mkfs.ext4 -d``; volume groups are made by a throw-away boot
-(the host's kernel may lack device-mapper and loop devices); filesystems are put where the LVM metadata says. Nothing is
-mounted on the host.
+A root is a Debian made by mmdebstrap and packed by ``mkfs.ext4 -d``; there are several (SYSTEMS), each built when it is
+first asked for. Volume groups are made once, by a throw-away boot of the standard one (the host's kernel may lack
+device-mapper and loop devices); filesystems are put where the LVM metadata says. Nothing is mounted on the host.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import gzip
 import hashlib
 import os
 import re
@@ -25,7 +26,7 @@ from tests.lab import volumes
 
 MiB = 1 << 20
 HERE = Path(__file__).parent
-FORMAT = 2
+FORMAT = 3
 """Raised when this file changes what an image holds in a way that its recipe does not show."""
 
 UNUSED = 14 * 86400
@@ -45,6 +46,17 @@ DIRECTORIES_DROPPED = """
     usr/share/bash-completion usr/share/perl usr/lib/x86_64-linux-gnu/perl usr/lib/x86_64-linux-gnu/gconv
     usr/lib/udev/hwdb.d usr/lib/udev/hwdb.bin var/cache/apt var/lib/apt/lists var/cache/debconf
 """.split()  # noqa: SIM905 - a list of words
+BIG_PACKAGES = """
+    cryptsetup-bin mdadm thin-provisioning-tools multipath-tools kpartx btrfs-progs xfsprogs fio postgresql
+    mariadb-server
+""".split()  # noqa: SIM905 - a list of words
+BIG_DROPPED = """
+    usr/lib/x86_64-linux-gnu/libLLVM-14.so.1 usr/lib/x86_64-linux-gnu/libz3.so.4 usr/lib/postgresql/15/lib/bitcode
+    usr/lib/postgresql/15/lib/llvmjit.so usr/share/i18n usr/bin/replace usr/bin/mariadb-waitpid usr/bin/mariadb-slap
+    usr/bin/mariadb-conv usr/bin/mariadb-upgrade usr/bin/mariadb-plugin usr/bin/mariadb-tzinfo-to-sql
+    usr/bin/mariadb-import usr/bin/innochecksum usr/bin/resolve_stack_dump usr/bin/perror usr/bin/myisam* usr/bin/aria_*
+    var/lib/mysql/* var/lib/postgresql/*
+""".split()  # noqa: SIM905 - a list of words
 MASKED = """
     systemd-logind.service getty.target console-getty.service getty-static.service serial-getty@ttyS0.service
     systemd-journal-flush.service systemd-random-seed.service systemd-update-utmp.service
@@ -59,9 +71,48 @@ MASKED = """
     iscsi.service cryptsetup.target integritysetup.target veritysetup.target systemd-remount-fs.service
     modprobe@drm.service
 """.split()  # noqa: SIM905 - a list of words
-ROOT_SIZE = 384 * MiB
+MERGE_USR = 'for name in bin sbin lib lib64; do mkdir -p "$1/usr/$name" && ln -s "usr/$name" "$1/$name"; done'
+BIG_MASKED = """
+    mariadb.service postgresql.service multipathd.service multipathd.socket mdmonitor.service mdcheck_start.timer
+    mdcheck_continue.timer mdmonitor-oneshot.timer
+""".split()  # noqa: SIM905 - a list of words
+
+
+@dataclass(frozen=True)
+class System:
+    """A Debian that guests boot. ``packages`` come on top of PACKAGES, ``dropped`` on top of what is always dropped;
+    ``modules_kept`` are taken out of MODULES_DROPPED. ``merge_usr``: its packages do not merge /usr by themselves.
+    ``root_size`` in bytes.
+    """
+
+    suite: str
+    root_size: int = 384 * MiB
+    packages: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    masked: tuple[str, ...] = ()
+    modules_kept: tuple[str, ...] = ()
+    merge_usr: bool = False
+
+
+STANDARD = "bookworm"
+"""The system whose images include the disks with volume groups, which guests of every system have."""
+SYSTEMS = {
+    STANDARD: System("bookworm"),
+    "big": System(
+        "bookworm",
+        544 * MiB,
+        packages=tuple(BIG_PACKAGES),
+        dropped=tuple(BIG_DROPPED),
+        masked=tuple(BIG_MASKED),
+        modules_kept=("fs/btrfs", "fs/xfs"),
+    ),
+    "trixie": System("trixie", masked=("ldconfig.service", "systemd-journal-catalog-update.service")),
+    "bullseye": System("bullseye", masked=("lvm2-pvscan@.service",), merge_usr=True),
+}
+"""``big``: Debian 12 with what stacks of volumes, databases and benchmarks need, nothing of it started. The others: the
+standard root in Debian 13 (Linux 6.12) and 11 (5.10, the oldest that Debian's mirrors still serve)."""
 DISKS = {
-    "root": ROOT_SIZE + 40 * MiB,
+    "root": SYSTEMS[STANDARD].root_size + 40 * MiB,
     "data": 64 * MiB,
     "spana": 40 * MiB,
     "spanb": 40 * MiB,
@@ -90,7 +141,9 @@ class Images:
         return self.directory / "initrd"
 
     def disk(self, name: str) -> Path:
-        """The template of disk ``name``: ``plain`` (bare ext4 root) or a key of DISKS. qcow2, but raw for LUNs."""
+        """The template of disk ``name``: ``plain`` (bare ext4 root) or, of the standard system, a key of DISKS. qcow2,
+        but raw for LUNs.
+        """
         path = self.directory / f"{name}.qcow2"
         return path if path.exists() else self.directory / f"{name}.raw"
 
@@ -101,18 +154,21 @@ def cache_directory() -> Path:
     return Path(given) if given else Path.home() / ".cache/vmbackupd/lab"
 
 
-def recipe() -> str:
-    """A digest of everything that decides what the images hold, except the Debian archive's state."""
-    digest = hashlib.sha256(repr((FORMAT, PACKAGES, MODULES_DROPPED, DIRECTORIES_DROPPED, MASKED, DISKS)).encode())
+def recipe(name: str = STANDARD) -> str:
+    """A digest of everything that decides what the images of a system hold, except the Debian archive's state."""
+    decisive = [FORMAT, SYSTEMS[name], PACKAGES, MODULES_DROPPED, DIRECTORIES_DROPPED, MASKED]
+    digest = hashlib.sha256(repr([*decisive, DISKS] if name == STANDARD else decisive).encode())
     for path in sorted((HERE / "guest").iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def ensure() -> Images:
-    """The images of the present recipe, built now if the cache lacks them. Raises ImageError."""
+def ensure(name: str = STANDARD) -> Images:
+    """The images of a system (a key of SYSTEMS) of the present recipe, built now if the cache lacks them. Raises
+    ImageError.
+    """
     cache = cache_directory()
-    final = cache / recipe()
+    final = cache / recipe(name)
     if (final / "complete").exists():
         (final / "complete").touch()  # still in use
         return Images(final)
@@ -122,34 +178,43 @@ def ensure() -> Images:
         if (final / "complete").exists():
             return Images(final)
         began = time.monotonic()
-        _say(f"building guest images in {final} (some minutes, once)")
+        _say(f"building guest images of {name} in {final} (some minutes, once)")
         stale = [*cache.glob("building-*")]  # we hold the lock: nobody builds there
         stale += [old.parent for old in cache.glob("*/complete") if time.time() - old.stat().st_mtime > UNUSED]
         for directory in stale:
             shutil.rmtree(directory)
         work = Path(tempfile.mkdtemp(prefix="building-", dir=cache))
         try:
-            build(work)
+            build(work, name)
             (work / "complete").touch()
             if final.exists():
                 shutil.rmtree(final)
             work.rename(final)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        _say(f"guest images built in {time.monotonic() - began:.0f} s")
+        _say(f"guest images of {name} built in {time.monotonic() - began:.0f} s")
     return Images(final)
 
 
-def build(work: Path) -> None:
-    """Make every template in the directory ``work``."""
+def build(work: Path, name: str) -> None:
+    """Make every template of a system in the directory ``work``."""
+    system = SYSTEMS[name]
     tree = work / "tree"
-    _debootstrap(work, tree)
+    _debootstrap(work, tree, system)
     _take_kernel(tree, work)
-    _shrink(tree)
-    (tree / "etc/lab-root-size").write_text(str(ROOT_SIZE))
-    plain = work / "plain.raw"
-    _filesystem(plain, ROOT_SIZE, "labroot", tree)
+    _shrink(tree, system)
+    (tree / "etc/lab-root-size").write_text(str(system.root_size))
+    _filesystem(work / "plain.raw", system.root_size, "labroot", tree)
     shutil.rmtree(tree)
+    if name == STANDARD:
+        _volume_groups(work)
+    for disk in ("plain", "root", "data", "spana") if name == STANDARD else ("plain",):
+        _run("qemu-img", "convert", "-O", "qcow2", work / f"{disk}.raw", work / f"{disk}.qcow2")
+        (work / f"{disk}.raw").unlink()
+
+
+def _volume_groups(work: Path) -> None:
+    """Make the disks of DISKS; the root's logical volume gets a copy of ``plain.raw``."""
     for name, size in DISKS.items():
         with open(work / f"{name}.raw", "wb") as file:
             file.truncate(size)
@@ -160,21 +225,17 @@ def build(work: Path) -> None:
         raise ImageError(f"provisioning made {sorted(found)}, not {sorted(expected)}")
     if len(found["vgspan/span"].pieces) != 2:
         raise ImageError("vgspan/span does not span its two disks")
-    found["vgroot/root"].insert(plain)
+    found["vgroot/root"].insert(work / "plain.raw")
     for name, volume in found.items():
         if name != "vgroot/root":
             _filesystem(work / "filesystem", volume.size, name.split("/")[1])
             volume.insert(work / "filesystem")
             (work / "filesystem").unlink()
-    for name in ("plain", "root", "data", "spana"):
-        _run("qemu-img", "convert", "-O", "qcow2", work / f"{name}.raw", work / f"{name}.qcow2")
-        (work / f"{name}.raw").unlink()
 
 
-def _debootstrap(work: Path, tree: Path) -> None:
+def _debootstrap(work: Path, tree: Path, system: System) -> None:
     overlay = work / "overlay"
-    _overlay(overlay)
-    sources = _sources(work)
+    _overlay(overlay, system)
     _run(
         "mmdebstrap",
         "--variant=minbase",
@@ -182,33 +243,34 @@ def _debootstrap(work: Path, tree: Path) -> None:
         "--format=directory",
         "--aptopt=APT::Install-Recommends false",
         "--aptopt=Acquire::Languages none",
+        *([f"--setup-hook={MERGE_USR}"] if system.merge_usr else []),
         *(
             f"--dpkgopt=path-exclude=/{path}/*"
             for path in DIRECTORIES_DROPPED
             if path.startswith("usr/share/") and "perl" not in path
         ),
         f"--essential-hook=cp -a {overlay}/. $1/",
-        f"--include={','.join(PACKAGES)}",
-        "bookworm",
+        f"--include={','.join([*PACKAGES, *system.packages])}",
+        system.suite,
         tree,
-        *sources,
+        *_sources(system.suite),
     )
     shutil.rmtree(overlay)
 
 
-def _sources(work: Path) -> list[Path | str]:
-    """Apt sources of Debian 12: this machine's own where it is one (its mirror, its keys), else Debian's."""
+def _sources(suite: str) -> list[Path | str]:
+    """Apt sources of a Debian: this machine's own where it is one (its mirror, its keys), else Debian's."""
     found: list[Path | str] = []
     for path in [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]:
         if path.suffix not in (".list", ".sources") or not path.is_file():
             continue
         text = path.read_text()
-        if re.search(r"^deb .*\sbookworm\s.*\bmain\b|^Suites:.*\bbookworm(?![-\w])", text, re.MULTILINE):
+        if re.search(rf"^deb .*\s{suite}\s.*\bmain\b|^Suites:.*\b{suite}(?![-\w])", text, re.MULTILINE):
             found.append(path)
-    return found or ["deb http://deb.debian.org/debian bookworm main"]
+    return found or [f"deb http://deb.debian.org/debian {suite} main"]
 
 
-def _overlay(root: Path) -> None:
+def _overlay(root: Path, system: System) -> None:
     """Files laid over the new root before packages are configured."""
 
     def put(source: str, target: str, mode: int = 0o644) -> None:
@@ -238,7 +300,7 @@ def _overlay(root: Path) -> None:
     wants = root / "etc/systemd/system/multi-user.target.wants"
     wants.mkdir(parents=True)
     (wants / "lab-storage.service").symlink_to("/etc/systemd/system/lab-storage.service")
-    for unit in MASKED:
+    for unit in [*MASKED, *system.masked]:
         (root / "etc/systemd/system" / unit).symlink_to("/dev/null")
 
 
@@ -248,11 +310,13 @@ def _take_kernel(tree: Path, work: Path) -> None:
         raise ImageError("no kernel was installed in the guest")
     version = kernels[-1].name.removeprefix("vmlinuz-")
     shutil.copyfile(kernels[-1], work / "vmlinuz")
-    with open(work / "initrd", "wb") as initrd:  # uncompressed: an emulated CPU unpacks slowly
-        subprocess.run(["gzip", "-dc", str(tree / "boot" / f"initrd.img-{version}")], stdout=initrd, check=True)
+    packed = (tree / "boot" / f"initrd.img-{version}").read_bytes()
+    magic = b"\x1f\x8b\x08"  # Debian 13 has an archive of modules before what it compresses
+    at = 0 if packed.startswith(magic) else packed.index(magic, packed.index(b"TRAILER!!!"))
+    (work / "initrd").write_bytes(packed[:at] + gzip.decompress(packed[at:]))  # an emulated CPU unpacks slowly
 
 
-def _shrink(tree: Path) -> None:
+def _shrink(tree: Path, system: System) -> None:
     """Drop what no test needs: every byte of the root disk is read by every backup in the suite."""
     for name in DIRECTORIES_DROPPED:
         path = tree / name
@@ -261,8 +325,11 @@ def _shrink(tree: Path) -> None:
             path.mkdir()
         elif path.exists():
             path.unlink()
+    for pattern in system.dropped:
+        for path in tree.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     modules = next((tree / "usr/lib/modules").iterdir())
-    for name in MODULES_DROPPED:
+    for name in set(MODULES_DROPPED) - set(system.modules_kept):
         shutil.rmtree(modules / "kernel" / name, ignore_errors=True)
     _run("depmod", "-b", tree / "usr", modules.name) if shutil.which("depmod") else _run(
         "chroot", tree, "depmod", modules.name

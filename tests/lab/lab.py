@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -27,6 +27,16 @@ CMDLINE = (
     "console=ttyS0 loglevel=4 rw mitigations=off random.trust_cpu=on audit=0 apparmor=0 tsc=reliable no_timer_check "
     "net.ifnames=0 systemd.show_status=no 8250.nr_uarts=1 cryptomgr.notests"
 )
+KINDS = {
+    "plain": (image.STANDARD, "plain", 640),
+    "lvm": (image.STANDARD, "root", 640),
+    "big": ("big", "plain", 1024),
+    "trixie": ("trixie", "plain", 640),
+    "bullseye": ("bullseye", "plain", 640),
+}
+"""Kind of guest → (system, a key of image.SYSTEMS; template of its root disk; memory in MiB)."""
+VIRTUAL = {"vdb": "data", "vdc": "spana"}
+"""Virtual disks that every guest has besides its root: target → template."""
 UNDEFINE = (
     libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
     | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
@@ -131,53 +141,82 @@ class Lab:
             domain.undefineFlags(UNDEFINE)
 
     def start_guest(
-        self, kind: str = "plain", name: str | None = None, *, cmdline: str = "", wait: bool = True
+        self,
+        kind: str = "plain",
+        name: str | None = None,
+        *,
+        cmdline: str = "",
+        wait: bool = True,
+        disks: Mapping[str, int] | None = None,
+        luns: Mapping[str, int] | None = None,
+        direct_luns: Mapping[str, int] | None = None,
     ) -> Guest:
-        """Boot a new guest: ``plain`` (ext4 root on the whole of vda) or ``lvm`` (root on LVM). Waits for agent and
-        mounts.
+        """Boot a new guest of a kind (a key of KINDS; all but ``lvm`` have an ext4 root on the whole of vda). Waits for
+        agent and mounts.
 
         vda root, vdb VG vgdata, vdc one half of VG vgspan, sda (``device='lun'``) VG vglun; over its own iSCSI
-        initiator VG vgiscsi and the other half of vgspan. ``cmdline`` is added to the kernel's (``vmbk.agent=noexec``:
-        the agent refuses guest-exec).
+        initiator VG vgiscsi and the other half of vgspan. On top of these come empty ones, each with its size in bytes:
+        virtual ``disks`` by target (``vdd``...), ``luns`` of the guest's own initiator by name, ``direct_luns``
+        (``device='lun'``: sdb...) by name. ``cmdline`` is added to the kernel's (``vmbk.agent=noexec``: the agent
+        refuses guest-exec).
         """
-        if kind not in ("plain", "lvm"):
-            raise ValueError(f"kind {kind!r}: 'plain' or 'lvm'")
+        if kind not in KINDS:
+            raise ValueError(f"kind {kind!r}: one of {', '.join(KINDS)}")
         name = name or kind
-        disks = {}
-        for target, template in (("vda", "root" if kind == "lvm" else "plain"), ("vdb", "data"), ("vdc", "spana")):
-            disks[target] = self.dir / f"{name}-{target}.qcow2"
-            copy_file(self.images.disk(template), disks[target])
-        inside, direct = f"{name}-guest", f"{name}-lun"
-        luns = {
-            "iscsi": self.iscsi.create_lun(f"{name}-iscsi", source=self.images.disk("iscsi"), target=inside),
-            "span": self.iscsi.create_lun(f"{name}-span", source=self.images.disk("spanb"), target=inside),
-            "lun": self.iscsi.create_lun(f"{name}-lun", source=self.images.disk("lun"), target=direct),
-        }
+        system, root, memory = KINDS[kind]
+        images = image.ensure(system)
+        paths = self._disks(name, images.disk(root), disks or {})
+        known = self._luns(name, luns or {}, direct_luns or {})
         words = [
             CMDLINE,
-            "root=/dev/mapper/vgroot-root" if kind == "lvm" else "root=/dev/vda",
+            "root=/dev/mapper/vgroot-root" if root == "root" else "root=/dev/vda",
             f"systemd.hostname={name}",
-            f"vmbk.portal={self.iscsi.portal_guest} vmbk.iqn={luns['iscsi'].iqn}",
+            f"vmbk.portal={self.iscsi.portal_guest} vmbk.iqn={known['iscsi'].iqn}",
             cmdline,
         ]
         console = self.dir / f"{name}.console"
         xml = domain_xml(
             name,
             kvm=self.kvm,
-            kernel=self.images.kernel,
-            initrd=self.images.initrd,
+            kernel=images.kernel,
+            initrd=images.initrd,
             cmdline=" ".join(words).strip(),
             console=console,
-            disks=[(target, path, f"{name}-{target}") for target, path in disks.items()],
-            luns=[luns["lun"]],
+            disks=[(target, path, f"{name}-{target}") for target, path in paths.items()],
+            luns=[known[lun] for lun in ("lun", *(direct_luns or {}))],
+            memory=memory,
         )
         domain = self.connection.defineXML(xml)
         domain.create()
-        guest = Guest(self, domain, console, disks, luns)
+        guest = Guest(self, domain, console, paths, known)
         self._guests.append(guest)
         if wait:
             guest.wait_agent()
         return guest
+
+    def _disks(self, name: str, root: Path, extra: Mapping[str, int]) -> dict[str, Path]:
+        """Virtual disks of a new guest: target → qcow2."""
+        paths = {target: self.dir / f"{name}-{target}.qcow2" for target in ("vda", *VIRTUAL, *extra)}
+        copy_file(root, paths["vda"])
+        for target, template in VIRTUAL.items():
+            copy_file(self.images.disk(template), paths[target])
+        for target, size in extra.items():
+            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", paths[target], str(size)], check=True)
+        return paths
+
+    def _luns(self, name: str, inside: Mapping[str, int], direct: Mapping[str, int]) -> dict[str, Lun]:
+        """LUNs of a new guest by name: those of its own initiator in one target, those that QEMU passes in another."""
+        own, passed = f"{name}-guest", f"{name}-lun"
+        found = {
+            "iscsi": self.iscsi.create_lun(f"{name}-iscsi", source=self.images.disk("iscsi"), target=own),
+            "span": self.iscsi.create_lun(f"{name}-span", source=self.images.disk("spanb"), target=own),
+            "lun": self.iscsi.create_lun(f"{name}-lun", source=self.images.disk("lun"), target=passed),
+        }
+        for lun, size in inside.items():
+            found[lun] = self.iscsi.create_lun(f"{name}-{lun}", size=size, target=own)
+        for lun, size in direct.items():
+            found[lun] = self.iscsi.create_lun(f"{name}-{lun}", size=size, target=passed)
+        return found
 
     def boot_restored(
         self, name: str, *, iqns: Sequence[str] | None = None, lun: Lun | None = None, wait: bool = True
