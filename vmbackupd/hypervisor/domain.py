@@ -44,6 +44,14 @@ def parse(xml: str) -> ET.Element:
     return root
 
 
+def parse_checkpoint(xml: str) -> ET.Element | None:
+    """The domain as it was when a ``<domaincheckpoint>`` was made, None if that is not told."""
+    try:
+        return ET.fromstring(xml).find("domain")
+    except ET.ParseError as error:
+        raise HypervisorError(f"checkpoint XML does not parse: {error}") from error
+
+
 def disk_elements(root: ET.Element) -> Iterator[tuple[str, ET.Element]]:
     """(target, element) of each ``<disk>``."""
     for element in root.iterfind("./devices/disk"):

@@ -17,6 +17,7 @@ from vmbackupd.errors import HypervisorError, NotRunning
 from vmbackupd.hypervisor import domain as dx
 from vmbackupd.hypervisor import events
 from vmbackupd.hypervisor.overlay import same_file
+from vmbackupd.hypervisor.snapshot import running
 
 if TYPE_CHECKING:
     from vmbackupd.hypervisor.libvirt import LibvirtConnection
@@ -28,16 +29,9 @@ DETACH_ASK_AGAIN = 10.0  # a request made while the guest was booting or busy wi
 POLL = 1.0
 
 
-async def _running(conn: LibvirtConnection, uuid: str, what: str) -> ET.Element:
-    root = await conn.live(uuid)
-    if root is None:
-        raise NotRunning(f"VM {await conn.name(uuid)}: {what}: it is not running")
-    return root
-
-
 async def attach_channel(conn: LibvirtConnection, uuid: str, name: str) -> str:
     """See :meth:`Hypervisor.attach_channel`. No ``<source>``: libvirt picks a socket path that QEMU may use."""
-    root = await _running(conn, uuid, f"channel {name}")
+    root = await running(conn, uuid, f"channel {name}")
     if dx.channel(root, name) is None:
         element = ET.Element("channel", type="unix")
         ET.SubElement(element, "target", type="virtio", name=name)
@@ -45,9 +39,9 @@ async def attach_channel(conn: LibvirtConnection, uuid: str, name: str) -> str:
             await conn.attach_device(uuid, ET.tostring(element, encoding="unicode"))
         except HypervisorError:
             # libvirtd may have gone away after it had done the work
-            if dx.channel(await _running(conn, uuid, f"channel {name}"), name) is None:
+            if dx.channel(await running(conn, uuid, f"channel {name}"), name) is None:
                 raise
-        root = await _running(conn, uuid, f"channel {name}")
+        root = await running(conn, uuid, f"channel {name}")
     found = dx.channel(root, name)
     source = None if found is None else found.find("source")
     path = None if source is None else source.get("path")
@@ -71,11 +65,11 @@ def find_disk(root: ET.Element, path: str) -> ET.Element | None:
 
 async def attach_scratch(conn: LibvirtConnection, uuid: str, path: str, serial: str) -> str:
     """See :meth:`Hypervisor.attach_scratch`."""
-    root = await _running(conn, uuid, "scratch disk")
+    root = await running(conn, uuid, "scratch disk")
     found = find_disk(root, path)
     if found is None:
         await _attach_disk(conn, uuid, root, path, serial)
-        root = await _running(conn, uuid, "scratch disk")
+        root = await running(conn, uuid, "scratch disk")
         found = find_disk(root, path)
     place = None if found is None else found.find("target")
     if place is None:
@@ -107,7 +101,7 @@ async def _attach(conn: LibvirtConnection, uuid: str, path: str, xml: str) -> No
         await conn.attach_device(uuid, xml)
     except HypervisorError:
         # libvirtd may have gone away after it had done the work
-        if find_disk(await _running(conn, uuid, "scratch disk"), path) is None:
+        if find_disk(await running(conn, uuid, "scratch disk"), path) is None:
             raise
 
 

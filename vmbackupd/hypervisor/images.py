@@ -155,6 +155,15 @@ async def commit_offline(path: str, timeout: float) -> None:
     await _qemu_img("commit", "-q", "-f", "qcow2", "-d", path, timeout=timeout)
 
 
+async def remove_bitmap(path: str, name: str) -> None:
+    """Take the dirty bitmap ``name`` out of a qcow2 image that nobody has open. One that is not there is no error."""
+    try:
+        await run(["qemu-img", "bitmap", "--remove", "-f", "qcow2", path, name], timeout=QUICK)
+    except CommandFailed as error:
+        if "not found" not in error.stderr:
+            raise HypervisorError(str(error)) from error
+
+
 def _reserve(path: str, mode: int) -> None:
     """Make the file ourselves: exclusively, and never for a moment readable by others."""
     try:

@@ -31,8 +31,8 @@ from vmbackupd.errors import (
     NotFound,
     NotRunning,
 )
+from vmbackupd.hypervisor import checkpoint, events, fleece, hotplug, overlay, snapshot
 from vmbackupd.hypervisor import domain as dx
-from vmbackupd.hypervisor import events, hotplug, overlay, snapshot
 from vmbackupd.hypervisor.base import DiskSource, DomainDisk, DomainInfo, FleeceExport, HypervisorLost
 from vmbackupd.hypervisor.events import Event, EventHub
 
@@ -90,7 +90,8 @@ def translate(error: libvirt.libvirtError, what: str) -> BackupError:
     message = f"{what}: {text}"
     if code == libvirt.VIR_ERR_NO_DOMAIN:
         return NotFound(message)
-    if code == libvirt.VIR_ERR_OPERATION_INVALID and "not running" in text:
+    if ((code == libvirt.VIR_ERR_OPERATION_INVALID and "not running" in text)
+            or (code == libvirt.VIR_ERR_OPERATION_UNSUPPORTED and "for inactive domain" in text)):
         return NotRunning(message)
     if code in _AGENT_SILENT:
         return GuestAgentUnavailable(message)
@@ -415,6 +416,51 @@ class LibvirtConnection:
                  | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT)
         await self.on_domain(uuid, lambda dom: dom.snapshotCreateXML(xml, flags), "snapshot")
 
+    async def monitor(self, uuid: str, command: str, arguments: Mapping[str, object] | None) -> object:
+        """One QMP command to the domain's QEMU; returns its ``return`` value."""
+        request = {"execute": command} if arguments is None else {"execute": command, "arguments": arguments}
+        return await self.on_domain(uuid, lambda dom: _monitor(dom, request), command, again=arguments is None)
+
+    async def checkpoints(self, uuid: str) -> dict[str, str]:
+        """Name and XML of every checkpoint of the domain, whoever made it."""
+        return await self.on_domain(
+            uuid, lambda dom: {each.getName(): str(each.getXMLDesc(0)) for each in dom.listAllCheckpoints()},
+            "checkpoints", again=True)
+
+    async def create_checkpoint(self, uuid: str, xml: str) -> None:
+        await self.on_domain(uuid, lambda dom: dom.checkpointCreateXML(xml, 0), "checkpoint")
+
+    async def delete_checkpoint(self, uuid: str, name: str, *, metadata_only: bool = False) -> None:
+        """Delete a checkpoint, with its bitmaps unless ``metadata_only``. One that is not there is no error."""
+        flags = libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY if metadata_only else 0
+
+        def work(dom: Any) -> None:
+            try:
+                dom.checkpointLookupByName(name).delete(flags)
+            except libvirt.libvirtError as error:
+                if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_CHECKPOINT:
+                    raise
+
+        await self.on_domain(uuid, work, f"end checkpoint {name}")
+
+    async def begin_backup(self, uuid: str, xml: str) -> None:
+        await self.on_domain(uuid, lambda dom: dom.backupBegin(xml, None, 0), "backup job")
+
+    async def backup_job(self, uuid: str) -> str | None:
+        """The XML of the backup job that runs, whoever began it."""
+        def read(dom: Any) -> str | None:
+            try:
+                return str(dom.backupGetXMLDesc(0))
+            except libvirt.libvirtError as error:
+                if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
+                    raise
+                return None
+
+        return await self.on_domain(uuid, read, "backup job", again=True)
+
+    async def abort_job(self, uuid: str) -> None:
+        await self.on_domain(uuid, lambda dom: dom.abortJob(), "end the backup job")
+
     async def has_saved_state(self, uuid: str) -> bool:
         """Whether a managed save waits for the domain's next start."""
         return await self.on_domain(uuid, lambda dom: bool(dom.hasManagedSaveImage()), "saved state", again=True)
@@ -515,23 +561,23 @@ class LibvirtHypervisor:
         await overlay.drop(self._conn, uuid, overlay_path, progress)
 
     async def begin_bitmaps(self, uuid: str, name: str, targets: Sequence[str]) -> dict[str, str | None]:
-        raise NotImplementedError
+        return await checkpoint.begin(self._conn, uuid, name, targets)
 
     async def bitmap_reasons(self, uuid: str, name: str, targets: Sequence[str]) -> dict[str, str | None]:
-        raise NotImplementedError
+        return await checkpoint.reasons(self._conn, uuid, name, targets)
 
     async def drop_bitmaps(self, uuid: str, name: str) -> None:
-        raise NotImplementedError
+        await checkpoint.drop(self._conn, uuid, name)
 
     async def bitmaps(self, uuid: str) -> list[str]:
-        raise NotImplementedError
+        return await checkpoint.names(self._conn, uuid)
 
     async def begin_fleece(self, uuid: str, disks: Mapping[str, str], socket: str,
                            since: Mapping[str, str]) -> dict[str, FleeceExport]:
-        raise NotImplementedError
+        return await fleece.begin(self._conn, uuid, disks, socket, since)
 
     async def end_fleece(self, uuid: str) -> None:
-        raise NotImplementedError
+        await fleece.end(self._conn, uuid)
 
     async def path_users(self, path: str) -> list[str]:
         """Names of the domains, running or not, one of whose disks has ``path`` in its chain."""
@@ -637,14 +683,22 @@ def _volume_path(conn: Any, name: str) -> str:
 
 def _pci_places(dom: Any) -> dict[str, str] | None:
     try:
-        answer = libvirt_qemu.qemuMonitorCommand(dom, json.dumps({"execute": "query-pci"}), 0)
+        return dx.pci_places(_monitor(dom, {"execute": "query-pci"}))
     except libvirt.libvirtError as error:
         log.info("VM %s: no PCI addresses: %s", dom.name(), error)
         return None
+
+
+def _monitor(dom: Any, request: Mapping[str, object]) -> object:
+    answer = libvirt_qemu.qemuMonitorCommand(dom, json.dumps(request), 0)
     try:
-        return dx.pci_places(json.loads(answer)["return"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise HypervisorError(f"VM {dom.name()}: QEMU's answer to query-pci is not understood: {error!r}") from error
+        reply = json.loads(answer)
+        if "error" in reply:
+            raise HypervisorError(f"VM {dom.name()}: QEMU refuses {request['execute']}: {reply['error'].get('desc')}")
+        return reply["return"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HypervisorError(f"VM {dom.name()}: QEMU's answer to {request['execute']} is not understood: "
+                              f"{answer[:200]!r}") from error
 
 
 def _tpm_base(conn: Any) -> str:

@@ -59,7 +59,7 @@ def snapshot_xml(root: ET.Element, overlays: Mapping[str, str]) -> str:
 
 async def prepare_overlays(conn: LibvirtConnection, uuid: str, overlays: Mapping[str, str]) -> None:
     """Make an empty overlay for each disk. Those made are removed again when one fails."""
-    root = await _live(conn, uuid)
+    root = await running(conn, uuid, "snapshot")
     check(root, overlays)
     made: list[str] = []
     try:
@@ -96,7 +96,7 @@ def _like(base: str, path: str) -> None:
 
 async def take(conn: LibvirtConnection, uuid: str, overlays: Mapping[str, str]) -> None:
     """Snapshot the disks into their overlays, made now where :func:`prepare_overlays` was not called."""
-    root = await _live(conn, uuid)
+    root = await running(conn, uuid, "snapshot")
     xml = snapshot_xml(root, overlays)
     missing = {target: path for target, path in overlays.items() if not os.path.exists(path)}
     if missing:
@@ -107,7 +107,7 @@ async def take(conn: LibvirtConnection, uuid: str, overlays: Mapping[str, str]) 
         raise
     except HypervisorError:
         # libvirtd may have gone away after it had done the work; it is one transaction: all disks or none
-        if not _taken(await _live(conn, uuid), overlays):
+        if not _taken(await running(conn, uuid, "snapshot"), overlays):
             raise
 
 
@@ -120,8 +120,9 @@ def _taken(root: ET.Element, overlays: Mapping[str, str]) -> bool:
     return True
 
 
-async def _live(conn: LibvirtConnection, uuid: str) -> ET.Element:
+async def running(conn: LibvirtConnection, uuid: str, what: str) -> ET.Element:
+    """The definition of a domain that has to run for ``what``."""
     root = await conn.live(uuid)
     if root is None:
-        raise NotRunning(f"VM {await conn.name(uuid)}: snapshot: it is not running")
+        raise NotRunning(f"VM {await conn.name(uuid)}: {what}: it is not running")
     return root

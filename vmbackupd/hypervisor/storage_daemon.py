@@ -155,9 +155,10 @@ class StorageDaemon:
             for path in (self.socket, self._pidfile):
                 Path(path).unlink(missing_ok=True)
 
-    async def export(self, name: str, spec: ImageSpec, *, writable: bool = False) -> NbdExport:
-        """Open an image and export it as ``name``. Read-only opening shares the image with other readers, such as the
-        QEMU that has it as a backing file."""
+    async def export(self, name: str, spec: ImageSpec, *, writable: bool = False,
+                     bitmap: str | None = None) -> NbdExport:
+        """Open an image and export it as ``name``, with the dirty bitmap of that name in the image, if asked. Read-only
+        opening shares the image with other readers, such as the QEMU that has it as a backing file."""
         if name in self._exports:
             raise InvalidArgument(f"qemu-storage-daemon: there is an export named {name} already")
         node = f"e{next(self._numbers)}"
@@ -169,7 +170,8 @@ class StorageDaemon:
         await self._execute("blockdev-add", {"node-name": node, **blockdev}, timeout=OPEN, about=str(spec))
         try:
             await self._execute("block-export-add", {
-                "type": "nbd", "id": node, "node-name": node, "name": name, "writable": writable}, about=str(spec))
+                "type": "nbd", "id": node, "node-name": node, "name": name, "writable": writable,
+                "bitmaps": [] if bitmap is None else [bitmap]}, about=str(spec))
         except BaseException:
             try:
                 await self._execute("blockdev-del", {"node-name": node})
