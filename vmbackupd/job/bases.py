@@ -15,6 +15,7 @@ from vmbackupd.errors import InvalidArgument, NotFound, RepositoryCorrupt
 from vmbackupd.model import VolumeRecord
 from vmbackupd.repository import Repository, RepositoryWriter
 from vmbackupd.repository.manifest import Manifest
+from vmbackupd.repository.verify import is_sound
 
 log = logging.getLogger("job.bases")
 
@@ -35,6 +36,7 @@ class Bases:
 
     def __init__(self, repository: Repository, writer: RepositoryWriter, vm_uuid: str) -> None:
         """Raises ``StorageError``."""
+        self._repository = repository
         self._writer = writer
         self._manifests = list(_newest(repository, vm_uuid))
 
@@ -59,6 +61,9 @@ class Bases:
             # What was recorded began before T1, so that it holds what changed since T2 as well.
             tree = record.tree or record.t2_tree
             if tree is None:
+                continue
+            if not is_sound(self._repository, tree):
+                log.warning("backup %s is no base: its image of %s is damaged", manifest.id, volume)
                 continue
             try:
                 self._writer.base(manifest.id)

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 SAVE_EVERY = 64  # packs between two writings of the state
 STATE_VERSION = 1
+DAMAGED = "damaged"  # the reason of a verdict on packs that a verification found damaged
 MISSING = "missing"  # the reason of a pack that is gone, as the engine tells it
 
 
@@ -300,12 +301,28 @@ class _Verification:
         try:
             new = damaged - packs_in(self.repository.verdicts.listed(lenient=True))
             if new:
-                self.repository.condemn(new, reason="damaged")
+                self.repository.condemn(new, reason=DAMAGED)
         except (StorageError, RepositoryFull) as reason:  # a repository that is mounted read-only
             self.report.not_condemned = str(reason)
             log.warning("%s: damaged packs are not condemned: %s", self.repository.storage.place, reason)
             return
         self.report.condemned = sorted(pack_id.hex() for pack_id in damaged)
+
+
+def is_sound(repository: Repository, tree: str) -> bool:
+    """Whether the image ``tree`` can be built on. It is looked at as a whole only while there are packs that a
+    verification found damaged. Blocking. Raises ``StorageError``."""
+    verdicts = repository.verdicts.listed(lenient=True)
+    suspect = packs_in([verdict for verdict in verdicts if verdict.reason == DAMAGED])
+    if not suspect:
+        return True
+    index = repository.catalog.current
+    packs = repository.catalog.list_packs()
+    checker = TreeChecker(repository.reader(index), index, packs, suspect=suspect, counts=False)
+    try:
+        return not checker.check(tree)[1]
+    except RepositoryCorrupt:
+        return False
 
 
 def _trees(manifest: Manifest) -> Iterator[tuple[str, str, int]]:

@@ -12,6 +12,7 @@ from vmbackupd.job.bases import Base, Bases
 from vmbackupd.model import Change, ChangeRecord
 from vmbackupd.repository import LocalStorage, Repository
 from vmbackupd.repository.forget import forget
+from vmbackupd.repository.verify import verify
 
 VM = "6f1d1c1e-0000-4000-8000-000000000001"
 SIZE = 3 << 16
@@ -80,3 +81,18 @@ def test_a_backup_that_was_forgotten_is_no_base(repository: Repository) -> None:
         # Either it went, or the writer keeps what it builds on.
         if found is not None:
             assert writer.update(found.tree).finish() == found.tree
+
+
+def test_a_damaged_image_is_no_base_and_what_is_read_instead_heals_it(repository: Repository, tmp_path: Path) -> None:
+    publish(repository, "one", "token", t1=1)
+    for pack in (tmp_path / "repository").glob("packs/**/*"):
+        if pack.is_file():
+            content = bytearray(pack.read_bytes())
+            content[100] ^= 1
+            pack.chmod(0o600)
+            pack.write_bytes(content)
+    report = verify(repository, data=True)
+    assert report.damage
+    with repository.writer("two") as writer:
+        bases = Bases(repository, writer, VM)
+        assert bases.recorded_by("token", "vda", SIZE) is None and bases.latest("vda", SIZE) is None
