@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from vmbackupd.errors import (
     BackupError,
@@ -21,17 +21,19 @@ from vmbackupd.guest import deploy, hello
 from vmbackupd.guest.channel import Channel
 from vmbackupd.guest.deploy import AgentCall
 from vmbackupd.guest.replies import (
+    CaptureResult,
     HelperStatus,
     PreparedVolume,
     SnapResult,
     VolumeStatus,
+    parse_capture,
     parse_identity,
     parse_prepared,
     parse_snap,
     parse_status,
 )
 from vmbackupd.guest.report import GuestReport, parse_report
-from vmbackupd.typed import get_bool, get_strs
+from vmbackupd.typed import get_bool, get_int, get_strs
 
 GUEST_PACKAGE = "vmbackupd-guest"
 """The package that brings the helper into guests whose agent runs no programs for us."""
@@ -54,7 +56,13 @@ RELEASE_TIMEOUT = 120.0
 _SHORT, _LONG = 20.0, 120.0  # what only looks; what waits for devices in the guest
 
 __all__ = [
+    "CAPTURED",
+    "CHANGED",
+    "EXCEPTIONS",
+    "HASHES",
+    "REST",
     "AgentCall",
+    "CaptureResult",
     "GuestHelper",
     "HelperStatus",
     "PreparedVolume",
@@ -141,6 +149,24 @@ class GuestHelper:
     async def snap(self) -> SnapResult:
         """T1 of the prepared volumes; the filesystems are to be frozen."""
         return parse_snap(await self._call("snap", {}, _LONG))
+
+    async def prepare_capture(self, devices: Sequence[str], *, limit: int) -> int:
+        """Make everything for :meth:`capture` of ``devices``: memory of up to ``limit`` bytes above all. After
+        :meth:`prepare`, before the freeze. Returns the bytes that the guest can spare, at most ``limit``."""
+        params = {"disks": [{"device": device} for device in devices], "limit": limit}
+        granted = await self._call("prepare_capture", params, _LONG)
+        return get_int(granted, "limit", maximum=limit, error=GuestProtocolError)
+
+    async def capture(self, devices: Sequence[str], *, deadline: float) -> CaptureResult:
+        """Take the last changes of the ``devices`` that were prepared. The filesystems are to be frozen, and
+        :meth:`snap` done if there are volumes. What was taken is kept until :meth:`release`, and served with
+        :data:`CAPTURED` and :data:`REST`.
+
+        ``GuestHelperError.reason`` is ``TooMuch`` when the memory does not suffice, ``NotStill`` when the disks did
+        not come to rest within ``deadline`` seconds.
+        """
+        reply = await self._call("capture", {"deadline_s": deadline}, deadline + _SHORT)
+        return parse_capture(reply, devices)
 
     async def disarm(self) -> bool:
         """True when the guest had thawed by itself, so that the freeze did not hold."""

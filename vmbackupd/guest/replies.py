@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from vmbackupd.units import SECTOR
 
 _ERROR = GuestProtocolError
 _MAX_VOLUMES = 512
+_MAX_DISKS = 1024
+_MAX_CHUNKS = 1 << 40
 _MAX_NAME = 128
 
 
@@ -47,6 +49,24 @@ class SnapResult:
     t1: float
     suspend_ms: float
     resume_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedDisk:
+    """What a capture found of a disk: how many chunks were marked, and the bytes of those that no snapshot keeps."""
+
+    device: str
+    chunks: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureResult:
+    """``t1`` is when the last of ``passes`` found the disks at rest (the guest's clock, seconds since 1970)."""
+
+    t1: float
+    passes: int
+    disks: tuple[CapturedDisk, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +120,16 @@ def parse_snap(obj: Mapping[str, object]) -> SnapResult:
     )
 
 
+def parse_capture(obj: Mapping[str, object], asked: Sequence[str]) -> CaptureResult:
+    """One disk for each asked one, in any order."""
+    disks = tuple(_captured(item, at) for at, item in get_objects(obj, "disks", max_length=_MAX_DISKS, error=_ERROR))
+    if sorted(disk.device for disk in disks) != sorted(asked):
+        raise _ERROR("disks: not the ones that were to be captured")
+    return CaptureResult(
+        t1=get_float(obj, "t1", error=_ERROR), passes=get_int(obj, "passes", minimum=1, error=_ERROR), disks=disks
+    )
+
+
 def parse_status(obj: Mapping[str, object]) -> HelperStatus:
     items = get_objects(obj, "volumes", max_length=_MAX_VOLUMES, error=_ERROR)
     volumes = tuple(_status(item, at) for at, item in items)
@@ -120,6 +150,14 @@ def _prepared(obj: dict[str, Any], at: str) -> PreparedVolume:
     if sum(row.length for row in volume.table) * SECTOR != volume.size:
         raise _ERROR(f"{at}: the table of {volume.name} does not have its size")
     return volume
+
+
+def _captured(obj: dict[str, Any], at: str) -> CapturedDisk:
+    return CapturedDisk(
+        device=parse_devno(obj, "device", at),
+        chunks=get_int(obj, "chunks", maximum=_MAX_CHUNKS, at=at, error=_ERROR),
+        bytes=get_int(obj, "bytes", at=at, error=_ERROR),
+    )
 
 
 def _status(obj: dict[str, Any], at: str) -> VolumeStatus:

@@ -8,7 +8,7 @@ in snapshots need no memory, the snapshots keep them.
 
 import bisect
 import time
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from . import memory
 from .bitmaps import CHUNK, Run, chunks_of, length, mark, runs
@@ -16,7 +16,21 @@ from .failures import HelperError
 from .image import PIECE, Image, Source
 
 Marked = Callable[[str], List[Run]]
-"""The chunks of a disk that were marked since this was last asked."""
+
+
+class Tracking:
+    """Who knows what was written to which disk. This one tracks nothing."""
+
+    def changed(self, device: str) -> Optional[memoryview]:
+        """The bitmap of what is known to have changed, None where the disk is not tracked."""
+        return None
+
+    def flip(self) -> None:
+        """T1, for guests without snapshots: what is marked from here on counts for the next backup."""
+
+    def marked(self, device: str) -> List[Run]:
+        """The chunks that were marked since this was last asked."""
+        raise HelperError("NotTracked", "%s is not tracked" % device)
 
 
 class CapturedDisk(Source):
@@ -83,9 +97,12 @@ class CapturedDisk(Source):
 class Capture:
     """The disks to be captured in the next freeze, and the memory for what is taken of them."""
 
-    def __init__(self, images: Dict[str, Image], limit: int) -> None:
-        """``limit``: bytes of memory. Raises ``HelperError`` when the guest cannot spare them."""
-        self._slots = limit // CHUNK
+    def __init__(self, images: Dict[str, Image], limit: int, close: Callable[[], None] = lambda: None) -> None:
+        """``limit``: bytes of memory; ``close`` lets go of the images. Raises ``HelperError`` when the guest cannot
+        spare the memory."""
+        self._slots, self._close = grant(limit) // CHUNK, close
+        if not self._slots:
+            raise HelperError("NoMemory", "the guest has no memory to spare for a capture of its disks")
         self._memory = memory.reserve(self._slots * CHUNK)
         self._store = memoryview(self._memory)
         self._used = 0
@@ -93,9 +110,15 @@ class Capture:
         self.disks = {device: CapturedDisk(device, image, self._store) for device, image in images.items()}
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Give the memory back, and let go of the disks."""
         self._store.release()
         self._memory.close()
+        self._close()
+
+    @property
+    def limit(self) -> int:
+        """Bytes that can be taken."""
+        return self._slots * CHUNK
 
     def take(self, marked: Marked, deadline: float) -> Dict[str, Any]:
         """Capture the disks; the filesystems are to be frozen. ``deadline`` is monotonic time.
@@ -124,7 +147,7 @@ class Capture:
                 free -= chunk not in disk.slots
                 if free < 0:
                     size = sum(over - start for _, (start, over) in wanted) * CHUNK
-                    message = "%d bytes are still to be taken, with memory for %d" % (size, self._slots * CHUNK)
+                    message = "%d bytes are still to be taken, with memory for %d" % (size, self.limit)
                     raise HelperError("TooMuch", message)
 
     def _read(self, disk: CapturedDisk, spans: List[Run], deadline: float) -> None:

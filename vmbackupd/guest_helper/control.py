@@ -7,12 +7,13 @@ import sys
 import time
 from typing import Any, Callable, Dict, List, Optional
 
-from . import HELPER_VERSION, PROTOCOL, devices, memory, release
-from .capture import Capture
+from . import HELPER_VERSION, PROTOCOL, devices, memory, release, watchdog
+from .bitmaps import CHUNK
+from .capture import Capture, Tracking
 from .dm import Dm
-from .exports import Known
+from .exports import Disks, Known
 from .failures import HelperError, clip
-from .params import Params, boolean, job_id, number
+from .params import Params, boolean, integer, job_id, number, objects
 from .port import PAUSE, Port, PortClosed, PortGone, hello_in
 from .serving import Serving
 from .snapshot import Snapshot
@@ -31,6 +32,7 @@ class Control:
         self._dm: Optional[Dm] = None
         self._snapshot: Optional[Snapshot] = None
         self._guard: Optional[Watchdog] = None
+        self._tracking = Tracking()
         self._capture: Optional[Capture] = None
         self._serving = Serving(files)
         self._heard = time.monotonic()
@@ -43,6 +45,8 @@ class Control:
             "prepare": self._prepare,
             "arm": self._arm,
             "snap": self._snap,
+            "prepare_capture": self._prepare_capture,
+            "capture": self._take_capture,
             "disarm": self._disarm,
             "status": self._status,
             "serve": self._serve,
@@ -150,6 +154,8 @@ class Control:
         job = job_id(params.get("job"))
         if self._snapshot is not None:
             raise HelperError("WrongState", "job %s has its snapshots prepared already" % self._snapshot.job)
+        if self._capture is not None:
+            raise HelperError("WrongState", "a capture was prepared without these volumes")
         snapshot = Snapshot(self._device_mapper(), job)
         volumes = snapshot.prepare(params)
         self._snapshot = snapshot
@@ -170,6 +176,34 @@ class Control:
             raise HelperError("WrongState", "no volumes are prepared")
         return dict(self._snapshot.snap(self._guard))
 
+    def _prepare_capture(self, params: Params) -> Dict[str, Any]:
+        devices = [self._serving.device(item.get("device")) for item in objects(params, "disks", 1024)]
+        limit = integer(params, "limit", CHUNK, 1 << 40)
+        if self._capture is not None or (self._snapshot is not None and self._snapshot.taken):
+            raise HelperError("WrongState", "a capture is prepared already, or the snapshots are taken")
+        for device in devices:
+            if self._tracking.changed(device) is None:
+                raise HelperError("NotTracked", "nobody tracks the writes to %s: it cannot be captured" % device)
+        disks = Disks(self._dm, self._snapshot)
+        try:
+            self._capture = Capture({device: disks.image(device) for device in devices}, limit, disks.close)
+        except BaseException:
+            disks.close()
+            raise
+        memory.set_oom_score(-1000)
+        return {"limit": self._capture.limit}
+
+    def _take_capture(self, params: Params) -> Dict[str, Any]:
+        deadline = time.monotonic() + number(params, "deadline_s", 0.01, 3600)
+        if self._capture is None or (self._snapshot is not None and not self._snapshot.taken):
+            raise HelperError("WrongState", "no capture is prepared, or the snapshots are not taken yet")
+        watchdog.require(self._guard)
+        if self._snapshot is None:
+            self._tracking.flip()
+        captured = self._capture.take(self._tracking.marked, deadline)
+        watchdog.require(self._guard)
+        return captured
+
     def _disarm(self, params: Params) -> Dict[str, Any]:
         guard, self._guard = self._guard, None
         if guard is None:
@@ -185,7 +219,7 @@ class Control:
     def _serve(self, params: Params) -> Dict[str, Any]:
         if self._snapshot is not None and not self._snapshot.taken and not boolean(params, "live"):
             raise HelperError("WrongState", "the snapshots are not taken yet")
-        known = Known(self._dm, self._snapshot, self._capture, lambda device: None)
+        known = Known(self._dm, self._snapshot, self._capture, self._tracking.changed)
         self._serving.start(params, known, self._port.close)
         return {}
 
@@ -194,8 +228,9 @@ class Control:
         if self._guard is not None:
             self._disarm({})
         self._serving.stop()
+        self._drop_capture()
         removed = release.release(self._device_mapper(), job)
-        if self._snapshot is not None and self._snapshot.job == job:
+        if self._snapshot is None or self._snapshot.job == job:
             self._snapshot = None
             memory.unlock()
             memory.set_oom_score(0)
@@ -212,7 +247,7 @@ class Control:
 
     def _drop(self) -> None:
         """The end, however it came: no watchdog, no servers, no snapshots."""
-        for step in (self._drop_guard, self._serving.stop, self._drop_snapshot):
+        for step in (self._drop_guard, self._serving.stop, self._drop_capture, self._drop_snapshot):
             try:
                 step()
             except Exception as error:  # the other steps are still to be taken
@@ -222,6 +257,11 @@ class Control:
     def _drop_guard(self) -> None:
         if self._guard is not None:
             self._guard.disarm()
+
+    def _drop_capture(self) -> None:
+        capture, self._capture = self._capture, None
+        if capture is not None:
+            capture.close()
 
     def _drop_snapshot(self) -> None:
         if self._snapshot is not None:

@@ -12,7 +12,7 @@ leaves the device marked as frozen until the next boot (6.12).
 import time
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
-from . import devices, memory, release, scratch, udevrules
+from . import devices, memory, release, scratch, udevrules, watchdog
 from .dm import READONLY, SUSPEND, Dm, Info, Target, number_of, resume_request, suspend_request
 from .failures import HelperError
 from .params import Params, devno, integer, objects
@@ -113,8 +113,7 @@ class Snapshot:
         """T1. Nothing but ioctls happens between the first suspend and the last resume."""
         if not self.volumes or self.taken:
             raise HelperError("WrongState", "the snapshot was not prepared, or is taken already")
-        if guard is None or guard.fired:
-            raise HelperError("DeadmanFired" if guard else "NotArmed", "no dead-man guards the freeze")
+        watchdog.require(guard)
         self._require_prepared()
         call, command = self._dm.call, SUSPEND
         suspends = [suspend_request(volume.number) for volume in self.volumes]

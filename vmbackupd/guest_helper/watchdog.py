@@ -101,6 +101,12 @@ class Watchdog:
             pass
 
 
+def require(guard: Optional[Watchdog]) -> None:
+    """Raises ``HelperError`` unless the freeze is guarded, and has not been ended by the guard."""
+    if guard is None or guard.fired:
+        raise HelperError("DeadmanFired" if guard else "NotArmed", "no dead-man guards the freeze")
+
+
 class _Child:
     """The forked side; never returns to its caller."""
 

@@ -220,6 +220,7 @@ VOLUME = {
     "store_length": 65536,
     "table": [[0, 2, "linear", "8:0 0"]],
 }
+TAKEN = {"device": "8:0", "chunks": 3, "bytes": 65536}
 STATUS = {"device": "253:0", "valid": True, "allocated": 1, "total": 2, "metadata": 1, "table_ok": True}
 
 
@@ -229,6 +230,14 @@ STATUS = {"device": "253:0", "valid": True, "allocated": 1, "total": 2, "metadat
         ("snap", {}),
         ("snap", {"t1": "now", "suspend_ms": 1, "resume_ms": 1}),
         ("snap", {"t1": -1, "suspend_ms": 1, "resume_ms": 1}),
+        ("prepare_capture", {}),
+        ("prepare_capture", {"limit": 65537}),
+        ("capture", {"t1": 1, "passes": 1, "disks": []}),
+        ("capture", {"t1": 1, "passes": 1, "disks": [TAKEN, TAKEN]}),
+        ("capture", {"t1": 1, "passes": 1, "disks": [{**TAKEN, "device": "8:16"}]}),
+        ("capture", {"t1": 1, "passes": 0, "disks": [TAKEN]}),
+        ("capture", {"t1": 1, "passes": 1, "disks": [{**TAKEN, "chunks": 2**41}]}),
+        ("capture", {"t1": 1, "passes": 1, "disks": [{**TAKEN, "bytes": -1}]}),
         ("disarm", {}),
         ("disarm", {"fired": 0}),
         ("release", {"removed": [1]}),
@@ -256,6 +265,8 @@ def test_wrong_results(tmp_path: Path, method: str, value: object) -> None:
         helper = await GuestHelper.reconnect(path, vm="vm", job="j01234567")
         calls: dict[str, Callable[[], Awaitable[object]]] = {
             "snap": helper.snap,
+            "prepare_capture": lambda: helper.prepare_capture(["8:0"], limit=65536),
+            "capture": lambda: helper.capture(["8:0"], deadline=1),
             "disarm": helper.disarm,
             "release": helper.release,
             "status": helper.status,
