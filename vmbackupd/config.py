@@ -10,9 +10,10 @@ import math
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
+from uuid import UUID
 
 from vmbackupd.errors import ConfigError
 from vmbackupd.units import GiB, KiB, MiB, TiB, human
@@ -109,9 +110,33 @@ KEEP_RULES = tuple(name for name in RetentionConfig.__dataclass_fields__ if name
 
 @dataclass(frozen=True, slots=True)
 class HypervisorConfig:
-    """Which hypervisor, as a libvirt connection URI."""
+    """Which hypervisor: a libvirt connection URI, or ``qmp:`` for the QEMU processes of ``[machines]``."""
 
     uri: str = "qemu:///system"
+
+    @property
+    def is_qmp(self) -> bool:
+        """Whether QEMU is driven without libvirt."""
+        return self.uri == QMP_URI
+
+
+QMP_URI = "qmp:"
+
+
+@dataclass(frozen=True, slots=True)
+class MachineConfig:
+    """One QEMU that runs without libvirt: its QMP socket, and what cannot or need not be asked there.
+
+    ``agent`` is the socket of the guest agent's port (None: asked of QEMU); ``uuid`` names the machine in backups
+    (None: what QEMU says); ``command_line`` is a file with the command that starts it (None: the running process's
+    own); ``nvram`` the file of its UEFI variables (None: its writable flash).
+    """
+
+    qmp: Path
+    agent: Path | None = None
+    uuid: str | None = None
+    command_line: Path | None = None
+    nvram: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +200,7 @@ class Config:
     bus: BusConfig = field(default_factory=BusConfig)
     jobs: JobsConfig = field(default_factory=JobsConfig)
     changes: ChangesConfig = field(default_factory=ChangesConfig)
+    machines: Mapping[str, MachineConfig] = field(default_factory=dict)
     encryption: EncryptionConfig = field(default_factory=EncryptionConfig)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     cache_directory: Path = DEFAULT_CACHE
@@ -203,6 +229,7 @@ def parse(text: str, file: str = "configuration", overrides: Mapping[str, str] |
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: not valid TOML: {error}") from error
+    machines = _machines(file, document.pop("machines", {}))
     values = {key: _value(file, key, value) for key, value in _flatten(file, document)}
     for one, other in (("repository.path", "repository.url"), ("repository.url", "repository.path")):
         if one in (overrides or {}):
@@ -210,7 +237,13 @@ def parse(text: str, file: str = "configuration", overrides: Mapping[str, str] |
     for key, value in (overrides or {}).items():
         values[key] = _value("command line", key, value)
     _check_together(file, values)
-    return _build(values)
+    config = replace(_build(values), machines=machines)
+    if bool(machines) != config.hypervisor.is_qmp:
+        raise ConfigError(
+            f'{file}: [machines] and hypervisor.uri: expected both or neither: hypervisor.uri = "{QMP_URI}" takes the'
+            " machines from [machines.NAME] sections, a libvirt URI takes them from libvirt"
+        )
+    return config
 
 
 def to_toml(config: Config) -> str:
@@ -223,7 +256,10 @@ def to_toml(config: Config) -> str:
         if head != section:
             section = head
             lines += ["", f"[{head}]"]
-        lines.append(f"# {name} is not set" if value is None else f"{name} = {_toml_value(value)}")
+        lines.append(_toml_line(name, value))
+    for machine, settings in config.machines.items():
+        lines += ["", f"[machines.{_toml_value(machine)}]"]
+        lines += [_toml_line(name, getattr(settings, name)) for name in _MACHINE_KEYS]
     return "\n".join(lines) + "\n"
 
 
@@ -319,6 +355,13 @@ def _path(value: object) -> Path:
     return Path(value)
 
 
+def _uuid(value: object) -> str:
+    try:
+        return str(UUID(value if isinstance(value, str) else ""))
+    except ValueError:
+        raise ValueError("a UUID such as 0b49a1a8-6d39-4a0c-9ab0-1f7c8f0c1f5e") from None
+
+
 def _text(value: object) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError("a text that is not empty")
@@ -364,6 +407,14 @@ _KEYS: dict[str, Callable[[object], object]] = {
     "bus.address": _text,
     "jobs.parallel": _whole(1, 64),
 }
+_MACHINE_KEYS: dict[str, Callable[[object], object]] = {
+    "qmp": _path,
+    "agent": _path,
+    "uuid": _uuid,
+    "command_line": _path,
+    "nvram": _path,
+}
+_MACHINE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
 _SECTIONS = {key.rpartition(".")[0] for key in _KEYS if "." in key}
 
 
@@ -401,12 +452,15 @@ def _flatten(file: str, document: Mapping[str, object], inside: str = "") -> lis
     return flat
 
 
-def _value(file: str, key: str, value: object) -> object:
-    check = _KEYS.get(key)
+def _value(file: str, key: str, value: object, keys: Mapping[str, Callable[[object], object]] | None = None,
+           short: str | None = None) -> object:
+    """``value`` as the check of ``keys`` (all of the file's, or under their ``short`` names a machine's) makes it."""
+    check = (keys or _KEYS).get(short or key)
     if check is None:
         section = key.rpartition(".")[0]
-        known = [name.rpartition(".")[2] for name in _KEYS if name.rpartition(".")[0] == section]
-        known += [] if section else sorted(f"[{name}]" for name in _SECTIONS)
+        known = list(keys) if keys else [
+            name.rpartition(".")[2] for name in _KEYS if name.rpartition(".")[0] == section]
+        known += [] if section else sorted(f"[{name}]" for name in (*_SECTIONS, "machines.NAME"))
         where = f"in [{section}]" if section else "keys"
         raise ConfigError(f"{file}: unknown key {key}; known {where}: {', '.join(known)}")
     try:
@@ -456,6 +510,32 @@ def _build(values: Mapping[str, object]) -> Config:
         jobs=JobsConfig(**section("jobs")),  # type: ignore[arg-type]
         changes=ChangesConfig(**section("changes")),  # type: ignore[arg-type]
     )
+
+
+def _machines(file: str, sections: object) -> dict[str, MachineConfig]:
+    """The ``[machines.NAME]`` sections."""
+    if not isinstance(sections, dict):
+        raise ConfigError(f"{file}: machines: expected sections [machines.NAME], found {sections!r}")
+    found: dict[str, MachineConfig] = {}
+    for name, section in sections.items():
+        at = f"machines.{name}"
+        if not _MACHINE_NAME.fullmatch(name):
+            raise ConfigError(f"{file}: {at}: expected a name of letters, digits, and . _ - after the first character")
+        if not isinstance(section, dict):
+            raise ConfigError(f"{file}: {at}: expected a section [{at}], found {section!r}")
+        if "qmp" not in section:
+            raise ConfigError(f"{file}: {at}: expected the key qmp, the path of the machine's QMP socket")
+        values = {key: _value(file, f"{at}.{key}", value, _MACHINE_KEYS, key) for key, value in section.items()}
+        found[name] = MachineConfig(**values)  # type: ignore[arg-type]
+    uuids = [machine.uuid for machine in found.values() if machine.uuid is not None]
+    for uuid in uuids:
+        if uuids.count(uuid) > 1:
+            raise ConfigError(f"{file}: machines: two of them have the uuid {uuid}; expected one each")
+    return found
+
+
+def _toml_line(name: str, value: object) -> str:
+    return f"# {name} is not set" if value is None else f"{name} = {_toml_value(value)}"
 
 
 def _toml_value(value: object) -> str:

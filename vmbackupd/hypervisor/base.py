@@ -93,8 +93,8 @@ def bitmap_name(checkpoint: str, target: str) -> str:
 
 
 class HypervisorLost(HypervisorError):
-    """The hypervisor's own service (libvirtd) went away during a call: whether the call took effect has to be asked
-    when it is back. The next call connects again."""
+    """The hypervisor's own service (libvirtd, QEMU's monitor) went away during a call: whether the call took effect has
+    to be asked when it is back. The next call connects again."""
 
     code = "HypervisorLost"
 

@@ -12,8 +12,7 @@ from typing import Any
 
 from vmbackupd.errors import HypervisorError
 from vmbackupd.hypervisor.base import DiskSource, DomainDisk, GuestAddress
-
-AGENT_CHANNEL = "org.qemu.guest_agent.0"
+from vmbackupd.hypervisor.guestagent import AGENT_PORT
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +208,7 @@ def channel(root: ET.Element, name: str) -> ET.Element | None:
 
 def has_agent(root: ET.Element) -> bool:
     """Whether there is a port for the guest agent."""
-    return channel(root, AGENT_CHANNEL) is not None
+    return channel(root, AGENT_PORT) is not None
 
 
 def virtio_scsi_controller(root: ET.Element) -> int | None:

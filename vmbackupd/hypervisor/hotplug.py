@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from vmbackupd.errors import HypervisorError, NotRunning
 from vmbackupd.hypervisor import domain as dx
 from vmbackupd.hypervisor import events
-from vmbackupd.hypervisor.overlay import same_file
+from vmbackupd.hypervisor.images import same_file
 from vmbackupd.hypervisor.snapshot import running
 
 if TYPE_CHECKING:

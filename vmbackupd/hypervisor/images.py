@@ -19,6 +19,11 @@ QUICK = 60.0  # seconds for commands that read or write headers only
 MAX_CHAIN = 200  # images in one chain; QEMU's own recursion gives up not far above
 
 
+def same_file(one: str, other: str) -> bool:
+    """Whether two paths lead to one file, which need not exist."""
+    return one == other or os.path.realpath(one) == os.path.realpath(other)
+
+
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
     """What an image's header says. Sizes in bytes; ``backing`` is the absolute path (or the reference) of the next

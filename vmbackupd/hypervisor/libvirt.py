@@ -25,13 +25,12 @@ import libvirt_qemu
 
 from vmbackupd.errors import (
     BackupError,
-    GuestAgentRefused,
     GuestAgentUnavailable,
     HypervisorError,
     NotFound,
     NotRunning,
 )
-from vmbackupd.hypervisor import checkpoint, events, fleece, hotplug, overlay, snapshot
+from vmbackupd.hypervisor import checkpoint, events, fleece, guestagent, hotplug, overlay, snapshot
 from vmbackupd.hypervisor import domain as dx
 from vmbackupd.hypervisor.base import DiskSource, DomainDisk, DomainInfo, FleeceExport, HypervisorLost
 from vmbackupd.hypervisor.events import Event, EventHub
@@ -99,17 +98,10 @@ def translate(error: libvirt.libvirtError, what: str) -> BackupError:
 
 
 def translate_agent(error: libvirt.libvirtError, what: str) -> BackupError:
-    """The error of a guest agent command: who did not answer, and who answered no.
-
-    The agent's own refusals reach us as text only (qga/main.c, qapi/qmp-dispatch.c): "Command X has been disabled[: the
-    command is not allowed | for this instance]", "The command X has not been found", and while the guest is frozen
-    "Command X has been disabled: the agent is in frozen state".
-    """
+    """The error of a guest agent command: who did not answer, and who answered no."""
     code, text = error.get_error_code(), error.get_error_message() or str(error)
-    if "frozen state" in text:
-        return GuestAgentUnavailable(f"{what}: the guest is frozen ({text})")
-    if "has been disabled" in text or "has not been found" in text:
-        return GuestAgentRefused(f"{what}: {text}")
+    if refused := guestagent.refusal(text, what):
+        return refused
     if code in _NO_AGENT and "agent" in text:
         return GuestAgentUnavailable(f"{what}: {text}")
     return translate(error, what)

@@ -1,8 +1,7 @@
 """Taking an overlay out of a disk's chain, from whatever state a backup left it in.
 
-Each round looks at the domain as it is and does the one next thing: commit and pivot in the running domain, commit
-offline and mend the definition of one that is off, or delete the file when nothing refers to it. What the next thing is
-never depends on what an earlier round, or an earlier daemon, believed to have done.
+Each round commits and pivots in the running domain, or commits offline and mends the definition of one that is off, or
+deletes the file when nothing refers to it.
 """
 
 from __future__ import annotations
@@ -13,34 +12,22 @@ import logging
 import os
 import stat
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from vmbackupd.errors import HypervisorError, NotFound, NotRunning
-from vmbackupd.host.newfile import sync
+from vmbackupd.errors import HypervisorError, NotFound
 from vmbackupd.hypervisor import domain as dx
 from vmbackupd.hypervisor import events
-from vmbackupd.hypervisor.base import HypervisorLost
-from vmbackupd.hypervisor.images import commit_offline, image_chain, image_info, qcow2_in_use
+from vmbackupd.hypervisor.images import commit_offline, image_chain, image_info, same_file
+from vmbackupd.hypervisor.overlayfiles import Progress, Refused, delete_overlay, drop_in_rounds
 
 if TYPE_CHECKING:
     from vmbackupd.hypervisor.libvirt import LibvirtConnection
 
 log = logging.getLogger("hypervisor.overlay")
 
-ROUNDS = 8
-FAILURES = 3
 POLL = 1.0
 STALL = 300.0  # seconds without a byte committed
 OFFLINE_COMMIT = 24 * 3600.0  # bounded by the size of the overlay, not by anything to wait for
-
-Progress = Callable[[int, int], None]
-
-
-def same_file(one: str, other: str) -> bool:
-    """Whether two paths lead to one file, which need not exist."""
-    return one == other or os.path.realpath(one) == os.path.realpath(other)
-
 
 def uses(root: ET.Element, path: str) -> bool:
     """Whether a disk of the domain has ``path`` in its chain, as far as its XML tells."""
@@ -58,28 +45,7 @@ def _place(root: ET.Element, path: str) -> tuple[str, ET.Element, int] | None:
 
 async def drop(conn: LibvirtConnection, uuid: str, path: str, progress: Progress | None = None) -> None:
     """See :meth:`Hypervisor.drop_overlay`."""
-    failures = 0
-    for number in range(ROUNDS):
-        try:
-            if await _round(conn, uuid, path, progress):
-                return
-        except (HypervisorLost, NotRunning, NotFound) as error:
-            if number == ROUNDS - 1:
-                raise
-            log.info("overlay %s: %s; looking again", path, error)
-        except HypervisorError as error:
-            failures += 1
-            if isinstance(error, _Refused) or failures == FAILURES:
-                raise
-            log.warning("overlay %s: %s; trying again", path, error)
-            await asyncio.sleep(POLL)  # the domain may have changed under our hands: let it come to rest
-    raise HypervisorError(f"overlay {path} is still in use after {ROUNDS} attempts to drop it")
-
-
-class _Refused(HypervisorError):
-    """Somebody else has to act first: trying again is of no use."""
-
-    code = "HypervisorRefused"
+    await drop_in_rounds(path, lambda: _round(conn, uuid, path, progress))
 
 
 async def _round(conn: LibvirtConnection, uuid: str, path: str, progress: Progress | None) -> bool:
@@ -91,7 +57,7 @@ async def _round(conn: LibvirtConnection, uuid: str, path: str, progress: Progre
         if not os.path.lexists(path):
             return True
         # Without the definition nobody can say whether it holds a disk's newest data or is a leftover of a pivot.
-        raise _Refused(f"overlay {path}: its VM {uuid} is gone; if its disk is still needed, commit the overlay with "
+        raise Refused(f"overlay {path}: its VM {uuid} is gone; if its disk is still needed, commit the overlay with "
                        "qemu-img commit, then delete it") from error
     found = None if live is None else _place(live, path)
     if found is not None:
@@ -109,12 +75,12 @@ async def _round(conn: LibvirtConnection, uuid: str, path: str, progress: Progre
             return False
         if live is None:
             await _refuse_inside_chain(conn, uuid, stored, path)
-    await _delete(conn, uuid, path)
+    await delete_overlay(path, await conn.name(uuid))
     return True
 
 
 async def _refuse_middle(conn: LibvirtConnection, uuid: str, target: str, path: str, top: str | None) -> None:
-    raise _Refused(f"VM {await conn.name(uuid)}: disk {target}: {top} was put on top of our overlay {path} by somebody "
+    raise Refused(f"VM {await conn.name(uuid)}: disk {target}: {top} was put on top of our overlay {path} by somebody "
                    "else; commit that one first (virsh blockcommit), then run vmbackupctl recover")
 
 
@@ -147,7 +113,7 @@ async def _commit_active(conn: LibvirtConnection, uuid: str, target: str, elemen
     job, mirror = await conn.block_job(uuid, target), dx.mirror_of(element)
     kind = job.kind if job else mirror.job if mirror else None
     if kind is not None and kind != "active-commit":
-        raise _Refused(f"VM {await conn.name(uuid)}: disk {target} is busy with a block job ({kind}) that is not ours; "
+        raise Refused(f"VM {await conn.name(uuid)}: disk {target} is busy with a block job ({kind}) that is not ours; "
                        "try again when it has ended")
     with conn.hub.listen(uuid) as heard:
         if kind is not None and (mirror is None or not _is(base, mirror.path)):
@@ -205,13 +171,13 @@ async def _mend_stored(conn: LibvirtConnection, uuid: str, live: ET.Element | No
     the pivot did so already, and define the domain with the base."""
     name = stored.findtext("name")
     if not os.path.exists(path):
-        raise _Refused(f"VM {name}: disk {target} is defined with the overlay {path}, which is gone")
+        raise Refused(f"VM {name}: disk {target} is defined with the overlay {path}, which is gone")
     if live is None and await conn.has_saved_state(uuid):
-        raise _Refused(f"VM {name}: its saved state uses the overlay {path}: start the VM, or discard the state "
+        raise Refused(f"VM {name}: its saved state uses the overlay {path}: start the VM, or discard the state "
                        "(virsh managedsave-remove), then run vmbackupctl recover")
     info = await image_info(path, "qcow2")
     if info.backing is None or info.backing_format is None or not info.backing.startswith("/"):
-        raise _Refused(f"VM {name}: overlay {path} does not name a local backing file and its format")
+        raise Refused(f"VM {name}: overlay {path} does not name a local backing file and its format")
     element = None if live is None else dx.disk_element(live, target)
     source = None if element is None else dx.source_of(element)
     if source is None or source.path is None or not same_file(source.path, info.backing):
@@ -239,26 +205,3 @@ def with_source(root: ET.Element, target: str, path: str, format: str) -> str:
     for chain in element.findall("backingStore"):
         element.remove(chain)  # libvirt finds the chain of the new image itself
     return ET.tostring(root, encoding="unicode")
-
-
-# --- the file
-
-
-async def _delete(conn: LibvirtConnection, uuid: str, path: str) -> None:
-    if not os.path.lexists(path):
-        return
-    if await qcow2_in_use(path):
-        raise HypervisorError(f"VM {await conn.name(uuid)}: overlay {path} is in no chain that libvirt knows, but a "
-                              "process has it open; it is kept")
-    await asyncio.to_thread(_unlink, path)
-    log.info("overlay %s is gone", path)
-
-
-def _unlink(path: str) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise HypervisorError(f"cannot delete the overlay {path}: {error.strerror}") from error
-    sync(os.path.dirname(path) or ".")  # the journal must not forget the overlay before the disk does

@@ -16,6 +16,7 @@ from typing import Any
 from qemu.qmp import ExecuteError, QMPClient, QMPError, Runstate
 
 from vmbackupd.errors import HypervisorError
+from vmbackupd.hypervisor.base import HypervisorLost
 
 GREETING = 5.0  # QEMU greets at once, unless it serves somebody else
 COMMAND = 30.0
@@ -35,7 +36,7 @@ class QmpRefused(HypervisorError):
         self.kind = kind
 
 
-class QmpLost(HypervisorError):
+class QmpLost(HypervisorLost):
     """The connection ended, or was never made: there is no such process any more, or it closed its monitor."""
 
     code = "HypervisorGone"
@@ -120,9 +121,9 @@ class QmpClient:
 
     def _busy(self) -> QmpBusy:
         return QmpBusy(
-            f"{self._name}: its monitor does not answer. A QMP monitor serves one client at a time, and another program "
-            "seems to hold this one: end that, or give vmbackupd a monitor of its own "
-            "(-qmp unix:PATH,server=on,wait=off; a QEMU may have several)")
+            f"{self._name}: its monitor does not answer. A QMP monitor serves one client at a time, and another program"
+            " seems to hold this one: end that, or give vmbackupd a monitor of its own (-qmp"
+            " unix:PATH,server=on,wait=off; a QEMU may have several)")
 
     async def close(self) -> None:
         """Let go of it. Can be called again."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import stat
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -12,8 +10,8 @@ from typing import TYPE_CHECKING
 from vmbackupd.errors import HypervisorError, InvalidArgument, NotRunning
 from vmbackupd.hypervisor import domain as dx
 from vmbackupd.hypervisor.base import DiskSource
-from vmbackupd.hypervisor.images import create_overlay
-from vmbackupd.hypervisor.overlay import same_file
+from vmbackupd.hypervisor.images import same_file
+from vmbackupd.hypervisor.overlayfiles import Below, make_overlays
 
 if TYPE_CHECKING:
     from vmbackupd.hypervisor.libvirt import LibvirtConnection
@@ -61,37 +59,21 @@ async def prepare_overlays(conn: LibvirtConnection, uuid: str, overlays: Mapping
     """Make an empty overlay for each disk. Those made are removed again when one fails."""
     root = await running(conn, uuid, "snapshot")
     check(root, overlays)
-    made: list[str] = []
-    try:
-        for target, path in overlays.items():
-            element = dx.disk_element(root, target)
-            source = None if element is None else dx.source_of(element)
-            assert source is not None  # check() saw it
-            base = await conn.volume_path(source.name) if source.kind == "volume" and source.name else source.path
-            if source.kind not in ("file", "block", "volume") or not base:
-                raise HypervisorError(f"VM {root.findtext('name')}: disk {target} lies on {_words(source)}, which this "
-                                      "version cannot put an overlay on")
-            size = await conn.capacity(uuid, target)
-            await create_overlay(path, size, base, source.format)
-            made.append(path)
-            await asyncio.to_thread(_like, base, path)
-    except BaseException:
-        for path in made:
-            os.unlink(path)
-        raise
+    below: dict[str, Below] = {}
+    for target, path in overlays.items():
+        element = dx.disk_element(root, target)
+        source = None if element is None else dx.source_of(element)
+        assert source is not None  # check() saw it
+        base = await conn.volume_path(source.name) if source.kind == "volume" and source.name else source.path
+        if source.kind not in ("file", "block", "volume") or not base:
+            raise HypervisorError(f"VM {root.findtext('name')}: disk {target} lies on {_words(source)}, which this "
+                                  "version cannot put an overlay on")
+        below[path] = Below(base, source.format, await conn.capacity(uuid, target))
+    await make_overlays(below)
 
 
 def _words(source: DiskSource) -> str:
     return " ".join(word for word in (source.kind, source.protocol, source.name) if word)
-
-
-def _like(base: str, path: str) -> None:
-    """Give a new overlay the owner and mode of its base: whoever runs QEMU may write to that one. libvirt labels it
-    on top where it is told to (dynamic_ownership, SELinux, AppArmor)."""
-    status = os.stat(base)
-    if stat.S_ISREG(status.st_mode):
-        os.chown(path, status.st_uid, status.st_gid)
-        os.chmod(path, stat.S_IMODE(status.st_mode))
 
 
 async def take(conn: LibvirtConnection, uuid: str, overlays: Mapping[str, str]) -> None:

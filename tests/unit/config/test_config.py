@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmbackupd.config import load, parse, seconds, size, to_toml
+from vmbackupd.config import MachineConfig, load, parse, seconds, size, to_toml
 from vmbackupd.errors import ConfigError
 from vmbackupd.units import GiB, MiB
 
@@ -77,6 +77,15 @@ def test_every_key_and_the_directories_that_follow_another() -> None:
     ("[encryption]\ncredential = '../x'", ["encryption.credential", "no path"]),
     ("[encryption]\npassphrase = 'x'", ["unknown key encryption.passphrase", "passphrase_file"]),
     ("[retention]\nkeep_last = -1", ["retention.keep_last", "0 to 10000"]),
+    ("machines = 5", ["machines", "[machines.NAME]"]),
+    ("[machines]\nweb1 = 5", ["machines.web1", "section [machines.web1]"]),
+    ("[machines.web1]\nagent = '/a'", ["machines.web1", "key qmp"]),
+    ("[machines.web1]\nqmp = 'a'", ["machines.web1.qmp", "absolute path"]),
+    ("[machines.web1]\nqmp = '/a'\nqpm = '/a'", ["unknown key machines.web1.qpm", "qmp, agent, uuid"]),
+    ("[machines.web1]\nqmp = '/a'\nuuid = '7'", ["machines.web1.uuid", "a UUID"]),
+    ("[machines.'a/b']\nqmp = '/a'", ["machines.a/b", "a name of letters"]),
+    ("[machines.web1]\nqmp = '/a'", ["hypervisor.uri", "both or neither"]),
+    ("[hypervisor]\nuri = 'qmp:'", ["hypervisor.uri", "both or neither"]),
     ("[retention]\nafter_backup = 1", ["retention.after_backup", "true or false"]),
     ("[retention]\nafter_backup = true", ["retention.after_backup", "keep_last", "keep nothing"]),
 ])
@@ -114,6 +123,28 @@ def test_where_the_repository_is_and_how_it_opens() -> None:
     assert parse(to_toml(config)) == config
 
 
+def test_machines_that_run_without_libvirt() -> None:
+    config = parse("""
+        hypervisor.uri = "qmp:"
+        [machines.web1]
+        qmp = "/run/vm/web1.qmp"
+        agent = "/run/vm/web1.agent"
+        uuid = "0B49A1A8-6d39-4a0c-9ab0-1f7c8f0c1f5e"
+        [machines."db.2"]
+        qmp = "/run/vm/db.qmp"
+        command_line = "/etc/vm/db.sh"
+        nvram = "/var/lib/vm/db.nvram"
+    """)
+    assert config.hypervisor.is_qmp and not parse("").hypervisor.is_qmp
+    assert config.machines == {
+        "web1": MachineConfig(Path("/run/vm/web1.qmp"), agent=Path("/run/vm/web1.agent"),
+                              uuid="0b49a1a8-6d39-4a0c-9ab0-1f7c8f0c1f5e"),
+        "db.2": MachineConfig(Path("/run/vm/db.qmp"), command_line=Path("/etc/vm/db.sh"),
+                              nvram=Path("/var/lib/vm/db.nvram")),
+    }
+    assert parse(to_toml(config)) == config
+
+
 def test_the_command_line_puts_another_place_over_the_file() -> None:
     file = '[repository]\nurl = "s3://bucket/a"'
     assert parse(file, overrides={"repository.path": "/r"}).repository.place == "/r"
@@ -140,7 +171,8 @@ def test_the_example_is_the_defaults_and_its_comments_are_valid() -> None:
     with pytest.raises(ConfigError, match=r"repository\.path and repository\.url: expected one of them"):
         parse(switched_on)
     either = [line for line in switched_on.splitlines() if not line.startswith(("path =", "credential = \"s3"))]
-    given = parse("\n".join(either))
+    given = parse("\n".join(either).replace("qemu:///system", "qmp:"))
+    assert list(given.machines) == ["web1"]
     assert given.scratch.size == 100 * GiB
     assert given.bus.address == "unix:path=/run/test/bus"
     assert (given.guest, given.jobs, given.scratch.share) == (parse("").guest, parse("").jobs, parse("").scratch.share)

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import require
+from tests.lab.qemu import Qemu
 from tests.unit.hypervisor import machine as machines
+from tests.unit.hypervisor.plain import FEW_DISKS, PlainQemu
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +55,32 @@ def two_disks(new_machine: Callable[..., machines.Machine], tmp_path: Path) -> m
     return new_machine(
         machines.SCSI + machines.disk(first, "vda") + machines.disk(second, "sda", "raw", "scsi")
         + "<disk type='file' device='cdrom'><target dev='sdb' bus='sata'/></disk>")
+
+
+@pytest.fixture
+def new_qemu(tmp_path: Path) -> Iterator[Callable[..., PlainQemu]]:
+    """Make and start a QEMU that no libvirt runs, from further words of its command line."""
+    require("qemu-system-x86_64", shutil.which("qemu-system-x86_64") is not None)
+    sockets = Path(tempfile.mkdtemp(prefix="vmbk-qmp-", dir="/tmp"))  # short: the paths of unix sockets
+    made: list[Qemu] = []
+
+    def make(words: str = "", *, name: str = "bare", uuid: str | None = None, start: bool = True) -> PlainQemu:
+        argv = ["-M", "q35,accel=tcg", "-m", "64", *words.format(dir=tmp_path).split()]
+        qemu = Qemu(name, sockets, argv, uuid=uuid)
+        made.append(qemu)
+        if start:
+            qemu.start()
+        return PlainQemu(qemu, tmp_path)
+
+    yield make
+    for qemu in made:
+        qemu.close()
+    shutil.rmtree(sockets)
+
+
+@pytest.fixture
+def few_disks(new_qemu: Callable[..., PlainQemu], tmp_path: Path) -> PlainQemu:
+    """A running QEMU with a qcow2 ``vda``, a raw ``sda`` on virtio-scsi, an empty CD drive, and free PCI ports."""
+    machines.create(tmp_path / "a.qcow2")
+    machines.create(tmp_path / "b.raw", "raw")
+    return new_qemu(FEW_DISKS)

@@ -1,0 +1,1 @@
+"""QEMU without libvirt: the hypervisor interface on QMP sockets."""

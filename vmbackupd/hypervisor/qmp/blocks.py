@@ -1,0 +1,154 @@
+"""QEMU's answers about its block layer (qemu: qapi/block-core.json), read into plain values. Pure."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from vmbackupd.errors import HypervisorError
+from vmbackupd.hypervisor.base import DiskSource
+
+PROTOCOLS = {"file", "host_device", "iscsi", "nbd", "rbd", "nfs", "ssh", "curl", "http", "https", "nvme", "gluster"}
+
+
+@dataclass(frozen=True, slots=True)
+class Bitmap:
+    """A dirty bitmap of a node; ``granularity`` in bytes."""
+
+    name: str
+    granularity: int
+    recording: bool
+    persistent: bool
+    inconsistent: bool
+    busy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """One image of a disk's chain, its file as QEMU was told it (perhaps relative, perhaps no path)."""
+
+    file: str
+    format: str
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node of the block graph. ``depth`` counts the images below it."""
+
+    name: str
+    image: Image
+    read_only: bool
+    depth: int
+    bitmaps: tuple[Bitmap, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Drive:
+    """What ``query-block`` says of one backend that a device uses. ``qdev`` is the device's id or its path in the
+    object tree; ``images`` is the chain, top first, empty for an empty drive; ``size`` in bytes."""
+
+    backend: str
+    qdev: str
+    node: str | None
+    images: tuple[Image, ...]
+    size: int | None
+    read_only: bool
+
+
+@contextmanager
+def understood(command: str) -> Iterator[None]:
+    """A block that takes apart the answer to ``command``."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise HypervisorError(f"QEMU's answer to {command} is not understood: {error!r}") from error
+
+
+def drives(reply: Any) -> list[Drive]:
+    """The backends of ``query-block`` that are plugged into a device."""
+    with understood("query-block"):
+        return [_drive(item) for item in reply if item.get("qdev")]
+
+
+def _drive(item: Mapping[str, Any]) -> Drive:
+    inserted = item.get("inserted")
+    if inserted is None:
+        return Drive(item["device"], item["qdev"], None, (), None, True)
+    images = [Image(inserted["file"], _format(inserted["drv"]))]
+    below = inserted["image"].get("backing-image")
+    while below is not None:
+        images.append(Image(below["filename"], _format(below.get("format", "raw"))))
+        below = below.get("backing-image")
+    return Drive(item["device"], item["qdev"], inserted["node-name"], tuple(images),
+                 int(inserted["image"]["virtual-size"]), bool(inserted["ro"]))
+
+
+def _format(driver: str) -> str:
+    return "raw" if driver in PROTOCOLS else driver
+
+
+def nodes(reply: Any) -> dict[str, Node]:
+    """The nodes of ``query-named-block-nodes`` by name. Those of bare protocols are among them, as raw."""
+    with understood("query-named-block-nodes"):
+        return {item["node-name"]: _node(item) for item in reply}
+
+
+def _node(item: Mapping[str, Any]) -> Node:
+    bitmaps = tuple(
+        Bitmap(entry.get("name", ""), int(entry["granularity"]), bool(entry["recording"]), bool(entry["persistent"]),
+               bool(entry.get("inconsistent", False)), bool(entry["busy"]))
+        for entry in item.get("dirty-bitmaps", ()))
+    return Node(item["node-name"], Image(item["file"], item["drv"]), bool(item["ro"]), int(item["backing_file_depth"]),
+                bitmaps)
+
+
+def local_path(file: str, directory: str) -> str | None:
+    """The path behind a file name of QEMU's, None where it is none. ``directory`` is what relative ones begin at."""
+    if file.startswith("json:"):
+        inner = _innermost(file)
+        if inner.get("driver") not in ("file", "host_device") or not isinstance(inner.get("filename"), str):
+            return None
+        file = str(inner["filename"])
+    head = file.split("/", 1)[0]
+    if ":" in head:  # a protocol, as QEMU tells one from a path (block.c, path_has_protocol)
+        if not file.startswith("file:"):
+            return None
+        file = file.removeprefix("file:")
+    return os.path.normpath(os.path.join(directory, file)) if file else None
+
+
+def _innermost(file: str) -> Mapping[str, Any]:
+    """The options of the node at the bottom of a ``json:`` file name."""
+    with understood("query-block"):
+        options: Mapping[str, Any] = json.loads(file.removeprefix("json:"))
+        while isinstance(options.get("file"), dict):
+            options = options["file"]
+        flat = {key.rsplit("file.", 1)[-1]: value for key, value in options.items() if key.startswith("file.")}
+        return flat or options
+
+
+def source(image: Image, directory: str) -> DiskSource:
+    """Where the bytes of ``image`` come from."""
+    path = local_path(image.file, directory)
+    if path is not None:
+        return DiskSource("block" if _is_block(path) else "file", image.format, path=path)
+    if image.file.startswith("iscsi:"):
+        parts = urlsplit(image.file)
+        name = parts.path.strip("/")
+        return DiskSource("network", image.format, protocol="iscsi", name=name, host=parts.hostname,
+                          port=parts.port or 3260)
+    scheme = "json" if image.file.startswith("json:") else image.file.split(":", 1)[0]
+    return DiskSource("network", image.format, protocol=scheme, name=image.file)
+
+
+def _is_block(path: str) -> bool:
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except OSError:
+        return False
