@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 from vmbackupd.errors import HypervisorError, InvalidArgument, NotRunning
 from vmbackupd.hypervisor import domain as dx
 from vmbackupd.hypervisor.base import BITMAP_PREFIX, HypervisorLost, bitmap_name
-from vmbackupd.hypervisor.images import remove_bitmap
-from vmbackupd.hypervisor.overlay import same_file
+from vmbackupd.hypervisor.images import remove_bitmap, same_file
 from vmbackupd.hypervisor.snapshot import running
 
 if TYPE_CHECKING:
