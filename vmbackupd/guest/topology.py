@@ -80,7 +80,7 @@ def leaf_disks(report: GuestReport, devno: str) -> frozenset[str]:
         if number in seen or device is None:
             continue
         seen.add(number)
-        below = _below(device)
+        below = [] if is_multipath(device) else _below(device)
         queue += below
         if not below:
             found.add(number)
@@ -99,7 +99,7 @@ def live_users(report: GuestReport, devno: str) -> tuple[LiveUser, ...]:
     queue: list[tuple[GuestDevice, str | None, bool]] = [(start, None, False)]
     while queue:
         device, volume, stacked = queue.pop()
-        if device.dm is not None and why_not_flat(report, device.devno) is None:
+        if device.dm is not None and not is_multipath(device) and why_not_flat(report, device.devno) is None:
             volume = device.devno
         if (device.devno, volume) in seen:
             continue
@@ -122,6 +122,18 @@ def top_volumes(report: GuestReport) -> tuple[GuestDevice, ...]:
                 if device is not None:
                     found[device.devno] = device
     return tuple(found[devno] for devno in sorted(found))
+
+
+def is_multipath(device: GuestDevice) -> bool:
+    """Whether the device is several paths to one disk: it stands for that disk, and nothing lies below it."""
+    return device.dm is not None and [row.kind for row in device.dm.table] == ["multipath"]
+
+
+def multipath_of(report: GuestReport, devno: str) -> GuestDevice | None:
+    """The multipath device that a disk is a path of."""
+    disk = report.by_devno(devno)
+    holders = (report.by_devno(holder) for holder in disk.holders) if disk is not None else ()
+    return next((holder for holder in holders if holder is not None and is_multipath(holder)), None)
 
 
 def is_ours(device: GuestDevice) -> bool:
@@ -165,7 +177,7 @@ def _places(
     """Where ``length`` bytes from byte ``start`` of ``device`` lie; ``name`` is the volume this is about."""
     if level > _DEEPEST:
         raise UncoveredVolume(f"{name} is stacked more than {_DEEPEST} levels deep")
-    if device.dm is not None:
+    if device.dm is not None and not is_multipath(device):
         table, end = device.dm.table, start + length
         index = bisect.bisect_right(table, start // SECTOR, key=lambda row: row.start) - 1
         for row in itertools.islice(table, max(index, 0), None):
@@ -179,7 +191,7 @@ def _places(
         return
     if start + length > device.size:
         raise UncoveredVolume(f"{name} reaches past the end of {device.name}")
-    if device.type == "disk":
+    if device.type == "disk" or is_multipath(device):
         yield Place(device.devno, start, length)
     elif device.type == "part" and device.parent is not None and device.start is not None:
         yield from _places(report, _require(report, device.parent, name), device.start + start, length, level + 1, name)
@@ -242,7 +254,9 @@ def _reason(report: GuestReport, devno: str, known: dict[str, str | None], level
 def _own_reason(report: GuestReport, device: GuestDevice, known: dict[str, str | None], level: int) -> str | None:
     if level > _DEEPEST:
         return f"{device.name} is stacked too deep"
-    if device.dm is not None:
+    if is_multipath(device):
+        below = set()
+    elif device.dm is not None:
         below = {devno for row in device.dm.table for devno, _ in _members(row, device.dm.name)[2]}
         if not below:
             return f"{device.dm.name} has no table"

@@ -62,7 +62,9 @@ class Stack:
 
     def _map_row(self, devno: str, row: Target, start: int, length: int, level: int) -> Iterator[Piece]:
         words = row.params.split()
-        if row.kind == "linear":
+        if row.kind == "multipath":  # several paths to one disk: it stands for that disk
+            yield Piece(0, devno, start, length)
+        elif row.kind == "linear":
             for piece in self._map(words[0], int(words[1]) * SECTOR + start, length, level + 1):
                 yield piece
         elif row.kind == "striped":

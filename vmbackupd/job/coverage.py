@@ -82,25 +82,23 @@ def decide(
     )
     items: list[CoverageRecord] = []
     plans: list[DiskPlan] = []
-    seen = set()
-    for disk in domain.disks:
-        if own and disk.serial == f"vmbk-{own}":
-            continue
-        device = matched.get(disk.target)
-        if device is not None:
-            seen.add(device.devno)
-        item, plan = (
-            _pass_through(report, device, disk, luns)
-            if disk.device == "lun" and device is not None
-            else _virtual(report, device, disk)
-        )
+    found: list[tuple[GuestDevice | None, DomainDisk | None]] = [
+        (matched.get(disk.target), disk) for disk in domain.disks if not (own and disk.serial == f"vmbk-{own}")
+    ]
+    known = {device.devno for device, _ in found if device is not None}
+    found += [(device, None) for device in disks if device.devno not in known]
+    joined: set[str] = set()
+    for device, disk in found:
+        head = topology.multipath_of(report, device.devno) if device is not None else None
+        if device is not None and head is not None and head.dm is not None:
+            if head.devno in joined:
+                items.append(_another_path(device, disk, EXCLUDED, f"a path of {head.dm.name}"))
+                continue
+            joined.add(head.devno)
+            device = replace(device, name=head.dm.name, devno=head.devno)  # read through all of its paths
+        item, plan = _decide_one(report, device, disk, luns, plans)
         items.append(item)
         plans += [plan] if plan else []
-    for device in disks:
-        if device.devno not in seen:
-            item, plan = _pass_through(report, device, None, luns)
-            items.append(item)
-            plans += [plan] if plan else []
     items += [
         CoverageRecord(
             device.name, device.name, VolumeKind.PASS_THROUGH, device.size, None, EXCLUDED, VOLATILE[device.type]
@@ -109,6 +107,30 @@ def decide(
         if device.type in VOLATILE and device.size and not device.parent
     ]
     return Coverage(tuple(items), tuple(plans), _volumes(report, plans))
+
+
+def _decide_one(
+    report: GuestReport,
+    device: GuestDevice | None,
+    disk: DomainDisk | None,
+    luns: Sequence[HostDevice],
+    plans: Sequence[DiskPlan],
+) -> tuple[CoverageRecord, DiskPlan | None]:
+    """A disk of the guest, of the domain, or of both; ``plans`` are those of the disks before it."""
+    if device is None or (disk is not None and disk.device != "lun"):
+        assert disk is not None
+        return _virtual(report, device, disk)
+    twin = next((plan for plan in plans if disk is None and plan.id == _identity(device)), None)
+    if twin is not None:
+        reason = f"it is {twin.details['guest_name']} again, over another path: let multipathd join them, or log out"
+        return _another_path(device, disk, UNCOVERED, reason), None
+    return _pass_through(report, device, disk, luns)
+
+
+def _another_path(device: GuestDevice, disk: DomainDisk | None, decision: str, reason: str) -> CoverageRecord:
+    ident = disk.target if disk is not None else device.name
+    kind = VolumeKind.VIRTUAL if disk is not None and disk.device != "lun" else VolumeKind.PASS_THROUGH
+    return CoverageRecord(ident, device.name, kind, device.size, None, decision, reason)
 
 
 def allow(coverage: Coverage, allowed: Collection[str]) -> Coverage:

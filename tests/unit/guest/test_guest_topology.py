@@ -78,6 +78,22 @@ def test_volume_on_volumes() -> None:
     assert topology.flatten(found, "253:1") == (Place("8:0", 106 * 512, 4 * 512), Place("8:16", 500 * 512, 4 * 512))
 
 
+def test_a_multipath_device_stands_for_its_disk() -> None:
+    table = [(0, 1000, "multipath", "0 0 1 1 service-time 0 2 2 8:0 1 1 8:16 1 1")]
+    part = [(0, 100, "linear", "253:0 50")]
+    found = report(
+        device("sda", "8:0", size=512000, holders=["253:0"]),
+        device("sdb", "8:16", size=512000, holders=["253:0"]),
+        dm(0, table, "mpatha", slaves=["8:0", "8:16"], holders=["253:1"]),
+        dm(1, part, "mpatha-part1", slaves=["253:0"], mounts=MOUNT),
+    )
+    assert topology.flatten(found, "253:1") == (Place("253:0", 50 * 512, 100 * 512),)
+    assert topology.leaf_disks(found, "253:1") == {"253:0"}
+    assert [(user.devno, user.volume) for user in topology.live_users(found, "253:0")] == [("253:1", "253:1")]
+    tables = {"253:0": [Target(*row) for row in table], "253:1": [Target(*row) for row in part]}
+    assert [tuple(piece) for piece in Stack(None, tables).pieces("253:1")] == [(0, "253:0", 50 * 512, 100 * 512)]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_stripes_byte_for_byte(seed: int) -> None:
     """Against the definition: sector s is in chunk s // chunk; chunk c lies on stripe c % n as its chunk c // n."""

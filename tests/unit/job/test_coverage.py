@@ -117,6 +117,40 @@ def test_a_volume_of_another_kind_of_target_is_uncovered_by_name() -> None:
     assert [item.decision for item in found.items] == ["uncovered"]
 
 
+MPATH_TABLE: list[list[object]] = [[0, GiB // 512, "multipath", "0 0 1 1 service-time 0 2 2 8:16 1 1 8:32 1 1"]]
+
+
+def paths() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Two paths to one LUN, and what multipathd makes of them."""
+    one, two = LUN | {"holders": ["253:0"]}, LUN | {"name": "sdc", "devno": "8:32", "holders": ["253:0"]}
+    return one, two, volume("mpatha", "253:0", ["8:16", "8:32"], MPATH_TABLE)
+
+
+def test_a_lun_with_two_paths_is_one_disk_read_through_both() -> None:
+    one, two, head = paths()
+    lv = volume("vg-db", "253:1", ["253:0"], [[0, 2048, "linear", "253:0 2048"]], mounts=DATA)
+    found = coverage.decide(domain(), report(one, two, head | {"holders": ["253:1"]}, lv))
+    ident = "iscsi:iqn.2001-04.com.example:db/1"
+    assert items(found) == {ident: ("captured", Method.GUEST_SNAPSHOT), "sdc": ("excluded", None)}
+    assert [(plan.id, plan.devno, plan.details["guest_name"]) for plan in found.plans] == [(ident, "253:0", "mpatha")]
+    assert [item.name for item in found.volumes] == ["vg-db"]
+    assert "a path of mpatha" in found.items[1].reason
+
+
+def test_a_filesystem_on_a_multipath_device_lies_on_no_volume_that_can_be_snapshotted() -> None:
+    one, two, head = paths()
+    found = coverage.decide(domain(), report(one, two, head | {"mounts": DATA}))
+    assert "/srv (mpatha)" in found.items[0].reason and not found.volumes
+    assert found.items[1].decision == "excluded"
+
+
+def test_a_lun_seen_twice_without_multipath_is_uncovered_the_second_time() -> None:
+    lv = volume("vg-db", "253:1", ["8:16"], [[0, 2048, "linear", "8:16 2048"]], mounts=DATA)
+    found = coverage.decide(domain(), report(LUN | {"holders": ["253:1"]}, LUN | {"name": "sdc", "devno": "8:32"}, lv))
+    assert [(item.id, item.decision) for item in found.items][1] == ("sdc", "uncovered")
+    assert "sdb again" in found.items[1].reason and "multipathd" in found.items[1].reason
+
+
 def test_what_needs_no_capture_is_excluded_with_its_reason() -> None:
     cdrom = disk("sdc", "0000:09:00.0", device="cdrom", bus="sata")
     ram = device("zram0", "252:0", type="zram", transport="other")
