@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.lab import writer
@@ -15,11 +15,11 @@ UNIT = "lab-writer"
 
 
 class Workload:
-    """Writes to the volumes ``names`` (keys of guest.LOGS, in this order) of a guest."""
+    """Writes to the volumes ``names`` (keys of guest.LOGS, in this order) of a guest, then to ``more``: name → log."""
 
-    def __init__(self, guest: Guest, names: Sequence[str] = tuple(LOGS)) -> None:
-        self.guest, self.names = guest, tuple(names)
-        self.logs = [LOGS[name] for name in self.names]
+    def __init__(self, guest: Guest, names: Sequence[str] = tuple(LOGS), more: Mapping[str, str] | None = None) -> None:
+        logs = {name: LOGS[name] for name in names} | dict(more or {})
+        self.guest, self.names, self.logs = guest, tuple(logs), list(logs.values())
 
     def install(self) -> None:
         """Put the program into the guest, for writing or checking."""

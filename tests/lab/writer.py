@@ -1,7 +1,7 @@
 """The oracle's pen: writes numbered, checksummed records to several logs in turn, each durable before the next is
 begun.
 
-Runs in a guest with nothing but its Python's standard library; the host imports it for ``check`` and ``check_churn``.
+Runs in a guest with its Python's standard library alone (3.7 or later); the host imports ``check`` and ``check_churn``.
 In round N, log by log: one 4 KiB block of ``LOG.churn`` is overwritten in place (work for a COW store), then record N
 is appended to ``LOG`` and fsynced. So whenever all disks are cut at one instant, the logs end within one record of each
 other, and each churn file holds exactly what its log says.
@@ -9,6 +9,8 @@ other, and each churn file holds exactly what its log says.
     writer.py [--rounds N] [--interval SECONDS] LOG...     write; until SIGTERM or for N rounds
     writer.py --check LOG...                               verify; prints {"LOG": {"last": N, "torn": false}, ...}
 """
+
+from __future__ import annotations
 
 import argparse
 import hashlib
@@ -126,9 +128,7 @@ def check_together(logs: Mapping[str, Log]) -> None:
     all.
     """
     numbers = [log.last for log in logs.values()]
-    if any(later > earlier or earlier - later > 1 for earlier, later in zip(numbers, numbers[1:], strict=False)) or (
-        numbers and numbers[0] - numbers[-1] > 1
-    ):
+    if numbers != sorted(numbers, reverse=True) or (numbers and numbers[0] - numbers[-1] > 1):
         raise WriterError(f"the logs are of different instants: { ({name: log.last for name, log in logs.items()}) }")
 
 
@@ -136,18 +136,18 @@ def write(paths: list[str], rounds: int, interval: float) -> None:
     """Start new logs and write until SIGTERM, or for ``rounds`` rounds if that is not 0."""
     stop: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-    logs, churns = [], []
+    files = []
     for path in paths:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        churns.append(os.open(path + ".churn", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644))
+        churn = os.open(path + ".churn", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         for _ in range(CHURN_BLOCKS * BLOCK >> 20):
-            os.write(churns[-1], bytes(1 << 20))
-        os.fsync(churns[-1])
-        logs.append(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644))
+            os.write(churn, bytes(1 << 20))
+        os.fsync(churn)
+        files.append((os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644), churn))
     number = 0
     while not stop and (not rounds or number < rounds):
         number += 1
-        for index, (log, churn) in enumerate(zip(logs, churns, strict=True)):
+        for index, (log, churn) in enumerate(files):
             now = time.time()
             os.pwrite(churn, block(index, number, now), churn_block(number) * BLOCK)
             os.write(log, record(index, number, now))
