@@ -117,10 +117,10 @@ class Qemu:
             return opened.execute(command, **arguments)
 
     def write(self, device: str, number: int, at: str, length: str) -> None:
-        """Write a byte pattern as the guest's device ``device`` (a path in QEMU's object tree) would."""
-        command = f'qemu-io -d {device} "write -P {number} {at} {length}"'
-        said = self.execute("human-monitor-command", command_line=command)
-        assert not said, said  # what qemu-io has to say goes to the stdout of QEMU
+        """Write a byte pattern as the guest's device ``device`` (a path in QEMU's object tree) would, and flush."""
+        for command in (f"write -P {number} {at} {length}", "flush"):
+            said = self.execute("human-monitor-command", command_line=f'qemu-io -d {device} "{command}"')
+            assert not said, said  # what qemu-io has to say goes to the stdout of QEMU
 
     def close(self) -> None:
         self.kill()

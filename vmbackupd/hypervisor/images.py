@@ -27,7 +27,8 @@ def same_file(one: str, other: str) -> bool:
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
     """What an image's header says. Sizes in bytes; ``backing`` is the absolute path (or the reference) of the next
-    image in the chain and ``backing_format`` the format the header records for it."""
+    image in the chain and ``backing_format`` the format the header records for it; ``bitmaps`` the names of the dirty
+    bitmaps it keeps."""
 
     path: str
     format: str
@@ -35,6 +36,7 @@ class ImageInfo:
     allocated: int
     backing: str | None
     backing_format: str | None
+    bitmaps: tuple[str, ...] = ()
 
 
 async def _qemu_img(*words: str, timeout: float = QUICK) -> bytes:
@@ -53,7 +55,9 @@ async def image_info(path: str, format: str) -> ImageInfo:
             path=path, format=str(data["format"]), size=int(data["virtual-size"]),
             allocated=int(data.get("actual-size", 0)),
             backing=data.get("full-backing-filename") or data.get("backing-filename"),
-            backing_format=data.get("backing-filename-format"))
+            backing_format=data.get("backing-filename-format"),
+            bitmaps=tuple(str(item["name"]) for item in
+                          data.get("format-specific", {}).get("data", {}).get("bitmaps", ())))
     except (ValueError, KeyError, TypeError) as error:
         raise HypervisorError(f"qemu-img info {path}: answer not understood: {error}") from error
 
@@ -158,6 +162,21 @@ async def commit_offline(path: str, timeout: float) -> None:
     """Write what the qcow2 overlay ``path`` holds into its backing file. The overlay stays as it is, so that this can
     be done again after it was cut off."""
     await _qemu_img("commit", "-q", "-f", "qcow2", "-d", path, timeout=timeout)
+
+
+async def add_bitmap(path: str, name: str) -> None:
+    """Put a dirty bitmap that records nothing into a qcow2 image that nobody has open."""
+    await _qemu_img("bitmap", "--add", "--disable", "-f", "qcow2", path, name)
+
+
+async def holds_nothing(path: str) -> bool:
+    """Whether a qcow2 image leaves everything to its backing file, which is not opened."""
+    top = {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": path}}
+    out = await _qemu_img("map", "--output=json", "-U", f"json:{json.dumps(top)}")
+    try:
+        return not any(extent["present"] for extent in json.loads(out))
+    except (ValueError, KeyError, TypeError) as error:
+        raise HypervisorError(f"qemu-img map {path}: answer not understood: {error}") from error
 
 
 async def remove_bitmap(path: str, name: str) -> None:

@@ -6,12 +6,12 @@ import asyncio
 import logging
 import os
 import stat
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from vmbackupd.errors import HypervisorError, NotFound, NotRunning
+from vmbackupd.errors import HypervisorError, InvalidArgument, NotFound, NotRunning
 from vmbackupd.host.newfile import sync
-from vmbackupd.hypervisor.base import HypervisorLost
+from vmbackupd.hypervisor.base import DomainDisk, HypervisorLost
 from vmbackupd.hypervisor.images import create_overlay, qcow2_in_use
 
 log = logging.getLogger("hypervisor.overlay")
@@ -36,6 +36,26 @@ class Below:
     path: str
     format: str
     size: int
+
+
+def check_disks(vm: str | None, disks: Iterable[DomainDisk], targets: Iterable[str]) -> None:
+    """Refuse, before anything is touched, what must not or cannot be snapshotted.
+
+    A ``lun`` above all: the guest's SCSI commands go around QEMU's block layer, and a layer under them makes the
+    guest's writes fail.
+    """
+    known = {disk.target: disk for disk in disks}
+    wanted = list(targets)
+    for target in wanted:
+        disk = known.get(target)
+        if disk is None:
+            raise InvalidArgument(f"VM {vm} has no disk {target}")
+        if disk.device != "disk":
+            raise InvalidArgument(f"VM {vm}: disk {target} is a {disk.device} and is never snapshotted")
+        if disk.read_only or disk.source is None:
+            raise InvalidArgument(f"VM {vm}: disk {target} is read-only or empty: nothing to snapshot")
+    if not wanted:
+        raise InvalidArgument(f"VM {vm}: a snapshot of no disk")
 
 
 async def drop_in_rounds(path: str, one_round: Callable[[], Awaitable[bool]]) -> None:

@@ -4,38 +4,22 @@ from __future__ import annotations
 
 import os
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from vmbackupd.errors import HypervisorError, InvalidArgument, NotRunning
+from vmbackupd.errors import HypervisorError, NotRunning
 from vmbackupd.hypervisor import domain as dx
 from vmbackupd.hypervisor.base import DiskSource
 from vmbackupd.hypervisor.images import same_file
-from vmbackupd.hypervisor.overlayfiles import Below, make_overlays
+from vmbackupd.hypervisor.overlayfiles import Below, check_disks, make_overlays
 
 if TYPE_CHECKING:
     from vmbackupd.hypervisor.libvirt import LibvirtConnection
 
 
-def check(root: ET.Element, overlays: Mapping[str, str]) -> None:
-    """Refuse, before anything is touched, what must not or cannot be snapshotted.
-
-    A ``lun`` above all: the guest's SCSI commands go around QEMU's block layer, and a layer under them makes the
-    guest's writes fail.
-    """
-    name = root.findtext("name")
-    elements = dict(dx.disk_elements(root))
-    for target in overlays:
-        element = elements.get(target)
-        if element is None:
-            raise InvalidArgument(f"VM {name} has no disk {target}")
-        device = element.get("device", "disk")
-        if device != "disk":
-            raise InvalidArgument(f"VM {name}: disk {target} is a {device} and is never snapshotted")
-        if element.find("readonly") is not None or dx.source_of(element) is None:
-            raise InvalidArgument(f"VM {name}: disk {target} is read-only or empty: nothing to snapshot")
-    if not overlays:
-        raise InvalidArgument(f"VM {name}: a snapshot of no disk")
+def check(root: ET.Element, targets: Iterable[str]) -> None:
+    """See :func:`check_disks`."""
+    check_disks(root.findtext("name"), dx.parse_disks(root), targets)
 
 
 def snapshot_xml(root: ET.Element, overlays: Mapping[str, str]) -> str:

@@ -16,6 +16,9 @@ from vmbackupd.hypervisor.base import DiskSource
 
 PROTOCOLS = {"file", "host_device", "iscsi", "nbd", "rbd", "nfs", "ssh", "curl", "http", "https", "nvme", "gluster"}
 
+FILTERS = {"mirror_top", "commit_top", "backup-top", "copy-before-write", "copy-on-read", "throttle", "compress",
+           "preallocate", "snapshot-access", "blkdebug", "blklogwrites", "blkreplay"}
+
 
 @dataclass(frozen=True, slots=True)
 class Bitmap:
@@ -39,26 +42,35 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A node of the block graph. ``depth`` counts the images below it."""
+    """A node of the block graph: QEMU's driver of it, and the images it leads to, top first. ``depth`` counts those
+    below the first that QEMU has open; ``size`` in bytes."""
 
     name: str
-    image: Image
+    driver: str
+    images: tuple[Image, ...]
+    size: int
     read_only: bool
     depth: int
     bitmaps: tuple[Bitmap, ...]
+
+    @property
+    def is_format(self) -> bool:
+        """Whether it makes an image of a file or device: neither that one's bytes, nor a filter, which has the file
+        name of what it filters."""
+        return self.driver not in PROTOCOLS and self.driver not in FILTERS
+
+    def bitmap(self, name: str) -> Bitmap | None:
+        return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Drive:
     """What ``query-block`` says of one backend that a device uses. ``qdev`` is the device's id or its path in the
-    object tree; ``images`` is the chain, top first, empty for an empty drive; ``size`` in bytes."""
+    object tree; ``node`` the top node, None for an empty drive."""
 
     backend: str
     qdev: str
     node: str | None
-    images: tuple[Image, ...]
-    size: int | None
-    read_only: bool
 
 
 @contextmanager
@@ -73,39 +85,32 @@ def understood(command: str) -> Iterator[None]:
 def drives(reply: Any) -> list[Drive]:
     """The backends of ``query-block`` that are plugged into a device."""
     with understood("query-block"):
-        return [_drive(item) for item in reply if item.get("qdev")]
-
-
-def _drive(item: Mapping[str, Any]) -> Drive:
-    inserted = item.get("inserted")
-    if inserted is None:
-        return Drive(item["device"], item["qdev"], None, (), None, True)
-    images = [Image(inserted["file"], _format(inserted["drv"]))]
-    below = inserted["image"].get("backing-image")
-    while below is not None:
-        images.append(Image(below["filename"], _format(below.get("format", "raw"))))
-        below = below.get("backing-image")
-    return Drive(item["device"], item["qdev"], inserted["node-name"], tuple(images),
-                 int(inserted["image"]["virtual-size"]), bool(inserted["ro"]))
-
-
-def _format(driver: str) -> str:
-    return "raw" if driver in PROTOCOLS else driver
+        return [Drive(item["device"], item["qdev"], item["inserted"]["node-name"] if item.get("inserted") else None)
+                for item in reply if item.get("qdev")]
 
 
 def nodes(reply: Any) -> dict[str, Node]:
-    """The nodes of ``query-named-block-nodes`` by name. Those of bare protocols are among them, as raw."""
+    """The nodes of ``query-named-block-nodes`` by name."""
     with understood("query-named-block-nodes"):
         return {item["node-name"]: _node(item) for item in reply}
 
 
 def _node(item: Mapping[str, Any]) -> Node:
+    images = [Image(item["file"], _format(item["drv"]))]
+    below = item["image"].get("backing-image")
+    while below is not None:
+        images.append(Image(below["filename"], _format(below.get("format", "raw"))))
+        below = below.get("backing-image")
     bitmaps = tuple(
         Bitmap(entry.get("name", ""), int(entry["granularity"]), bool(entry["recording"]), bool(entry["persistent"]),
                bool(entry.get("inconsistent", False)), bool(entry["busy"]))
         for entry in item.get("dirty-bitmaps", ()))
-    return Node(item["node-name"], Image(item["file"], item["drv"]), bool(item["ro"]), int(item["backing_file_depth"]),
-                bitmaps)
+    return Node(item["node-name"], item["drv"], tuple(images), int(item["image"]["virtual-size"]), bool(item["ro"]),
+                int(item["backing_file_depth"]), bitmaps)
+
+
+def _format(driver: str) -> str:
+    return "raw" if driver in PROTOCOLS else driver
 
 
 def local_path(file: str, directory: str) -> str | None:

@@ -179,7 +179,7 @@ async def free_root_port(objects: Objects) -> str | None:
             continue
         for name, child in (await objects.children(path)).items():
             if child == "PCIE":
-                return f"{path}/{name}"
+                return name
     return None
 
 
@@ -187,10 +187,9 @@ async def scsi_bus(objects: Objects) -> str | None:
     """The bus of a virtio-scsi controller."""
     async for path, kind in objects.peripherals():
         if kind.startswith("virtio-scsi"):
-            backend = f"{path}/virtio-backend"
-            for name, child in (await objects.children(backend)).items():
+            for name, child in (await objects.children(f"{path}/virtio-backend")).items():
                 if child == "SCSI":
-                    return f"{backend}/{name}"
+                    return name
     return None
 
 

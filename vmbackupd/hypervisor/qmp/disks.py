@@ -17,59 +17,60 @@ from vmbackupd.hypervisor.qmp.machine import Machine
 
 @dataclass(frozen=True, slots=True)
 class QemuDisk:
-    """A disk as everybody sees it, and as QEMU knows it. ``files`` are the paths of its chain's images, None for those
-    that are no local files."""
+    """A disk as everybody sees it, and the node QEMU's device uses (None for an empty drive)."""
 
     disk: DomainDisk
-    drive: Drive
-    files: tuple[str | None, ...]
+    top: Node | None
 
     @property
-    def node(self) -> str:
-        """The node the device uses; there is one where there is an image."""
-        if self.drive.node is None:
+    def node(self) -> Node:
+        """The node of a disk that is known to have one."""
+        if self.top is None:
             raise HypervisorError(f"disk {self.disk.target} is empty")
-        return self.drive.node
-
-    def depth_of(self, path: str) -> int | None:
-        """How far below the active image ``path`` lies in the chain; None when it is not there."""
-        for depth, file in enumerate(self.files):
-            if file is not None and same_file(file, path):
-                return depth
-        return None
+        return self.top
 
 
 @dataclass(frozen=True, slots=True)
 class Disks:
-    """All disks by target, all nodes by name, and the file of QEMU's writable flash: the UEFI variables."""
+    """All disks by target, all nodes by name, the file of QEMU's writable flash (the UEFI variables), and the directory
+    that relative paths begin at."""
 
     disks: Mapping[str, QemuDisk]
     nodes: Mapping[str, Node]
     flash: str | None
     directory: str
 
-    def node_of(self, path: str) -> Node | None:
-        """The node of the format (not the protocol below it) whose file is ``path``."""
-        for node in self.nodes.values():
-            if node.image.format not in blocks.PROTOCOLS:
-                file = blocks.local_path(node.image.file, self.directory)
-                if file is not None and same_file(file, path):
-                    return node
+    def depth_of(self, node: Node, path: str) -> int | None:
+        """How far below ``node`` its chain has the image ``path``; None when it has not."""
+        for depth, image in enumerate(node.images):
+            file = blocks.local_path(image.file, self.directory)
+            if file is not None and same_file(file, path):
+                return depth
         return None
+
+    def node_of(self, path: str) -> Node | None:
+        """The node of the image ``path`` (of its format, not of the file below that)."""
+        return next((node for node in self.nodes.values() if node.is_format and self.depth_of(node, path) == 0),
+                    None)
 
     def by_path(self, path: str) -> tuple[QemuDisk, int] | None:
         """The disk that has ``path`` in its chain, and how far down."""
         for disk in self.disks.values():
-            depth = disk.depth_of(path)
+            depth = None if disk.top is None else self.depth_of(disk.top, path)
             if depth is not None:
                 return disk, depth
         return None
 
-    def chain_nodes(self, disk: QemuDisk) -> list[Node]:
-        """The nodes of a disk's images, top first."""
-        found = [self.nodes[disk.node]]
-        for image in disk.drive.images[1:]:
-            found += [node for node in self.nodes.values() if node.image == image]
+    def chain(self, top: Node) -> list[Node]:
+        """``top`` and the nodes below it. Raises ``HypervisorError`` when one cannot be told."""
+        found = [top]
+        for depth, image in enumerate(top.images[1:], 1):
+            named = [node for node in self.nodes.values() if node.images[0] == image]
+            named = [node for node in named if node.is_format] or named
+            if len(named) != 1:
+                raise HypervisorError(f"QEMU has {len(named)} nodes for {image.file}, image {depth} below "
+                                      f"{top.images[0].file}: expected one")
+            found += named
         return found
 
 
@@ -77,18 +78,19 @@ async def read_disks(machine: Machine, objects: Objects) -> Disks:
     """Look at a running QEMU. Raises ``NotRunning``."""
     async with machine.held():
         directory = _working_directory(machine)
-        nodes = blocks.nodes(await machine.execute("query-named-block-nodes", {"flat": True}))
+        nodes = blocks.nodes(await machine.execute("query-named-block-nodes"))
         disks: dict[str, QemuDisk] = {}
         flash = None
         for drive in blocks.drives(await machine.execute("query-block")):
             path = objects.path_of(drive.qdev)
             kind = str(await objects.get(path, "type"))
+            top = None if drive.node is None else nodes[drive.node]
             if kind in FLASH:
-                if drive.images and not drive.read_only:
-                    flash = blocks.local_path(drive.images[0].file, directory)
+                if top is not None and not top.read_only:
+                    flash = blocks.local_path(top.images[0].file, directory)
                 continue
-            disk = await _read_disk(objects, drive, path, kind, directory)
-            disks[disk.disk.target] = disk
+            disk = await _read_disk(objects, path, kind, _target(path, drive), top, directory)
+            disks[disk.target] = QemuDisk(disk, top)
     return Disks(disks, nodes, flash, directory)
 
 
@@ -100,19 +102,19 @@ def _working_directory(machine: Machine) -> str:
         return "/"
 
 
-async def _read_disk(objects: Objects, drive: Drive, path: str, kind: str, directory: str) -> QemuDisk:
+async def _read_disk(objects: Objects, path: str, kind: str, target: str, top: Node | None,
+                     directory: str) -> DomainDisk:
     device, bus = device_kind(kind)
-    files = tuple(blocks.local_path(image.file, directory) for image in drive.images)
+    images = top.images if top is not None else ()
+    files = [blocks.local_path(image.file, directory) for image in images]
     serial, wwn = await objects.get(path, "serial"), await objects.get(path, "wwn")
-    name = by_id(path)
-    disk = DomainDisk(
-        target=_target(path, drive), device=device, bus=bus,
-        source=blocks.source(drive.images[0], directory) if drive.images else None, read_only=drive.read_only,
-        shareable=bool(await objects.get(path, "share-rw")), serial=serial or None,
-        wwn=f"{wwn:016x}" if isinstance(wwn, int) and wwn else None, alias=name, size=drive.size,
-        address=await guest_address(objects, path), chain=tuple(file for file in files if file is not None),
+    return DomainDisk(
+        target=target, device=device, bus=bus, source=blocks.source(images[0], directory) if images else None,
+        read_only=top is None or top.read_only, shareable=bool(await objects.get(path, "share-rw")),
+        serial=serial or None, wwn=f"{wwn:016x}" if isinstance(wwn, int) and wwn else None, alias=by_id(path),
+        size=None if top is None else top.size, address=await guest_address(objects, path),
+        chain=tuple(file for file in files if file is not None),
         transient=bool(files) and files[0] is not None and not os.path.lexists(files[0]))
-    return QemuDisk(disk, drive, files)
 
 
 def _target(path: str, drive: Drive) -> str:

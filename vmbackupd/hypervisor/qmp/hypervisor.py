@@ -9,6 +9,7 @@ from vmbackupd.config import MachineConfig
 from vmbackupd.errors import GuestAgentUnavailable, HypervisorError, NotFound, NotRunning
 from vmbackupd.hypervisor.base import DomainInfo
 from vmbackupd.hypervisor.guestagent import AGENT_PORT, GuestAgent
+from vmbackupd.hypervisor.qmp import hotplug, overlay, snapshot
 from vmbackupd.hypervisor.qmp.description import agent_socket, command_line, describe
 from vmbackupd.hypervisor.qmp.devices import Objects
 from vmbackupd.hypervisor.qmp.disks import read_disks
@@ -89,6 +90,28 @@ class QmpHypervisor:
                                         f" that QEMU listens at; add one, or name it in machines.{machine.name}.agent")
         agent = self._agents[machine.name] = GuestAgent(machine.name, path)
         return agent
+
+    async def attach_channel(self, uuid: str, name: str) -> str:
+        return await hotplug.attach_channel(await self._machine(uuid), name)
+
+    async def detach_channel(self, uuid: str, name: str) -> None:
+        await hotplug.detach_channel(await self._machine(uuid), name)
+
+    async def attach_scratch(self, uuid: str, path: str, serial: str) -> str:
+        return await hotplug.attach_scratch(await self._machine(uuid), path, serial)
+
+    async def detach_scratch(self, uuid: str, path: str) -> None:
+        await hotplug.detach_scratch(await self._machine(uuid), path)
+
+    async def prepare_overlays(self, uuid: str, overlays: Mapping[str, str]) -> None:
+        await snapshot.prepare_overlays(await self._machine(uuid), overlays)
+
+    async def snapshot(self, uuid: str, overlays: Mapping[str, str]) -> None:
+        await snapshot.take(await self._machine(uuid), overlays)
+
+    async def drop_overlay(self, uuid: str, overlay_path: str,
+                           progress: Callable[[int, int], None] | None = None) -> None:
+        await overlay.drop(await self._machine(uuid), overlay_path, progress)
 
     async def path_users(self, path: str) -> Sequence[str]:
         """A machine that is off has the paths that its command line names."""
