@@ -22,15 +22,19 @@ from vmbackupd.guest.channel import Channel
 from vmbackupd.guest.deploy import AgentCall
 from vmbackupd.guest.replies import (
     CaptureResult,
+    Collected,
     HelperStatus,
     PreparedVolume,
     SnapResult,
+    TrackedDisk,
     VolumeStatus,
     parse_capture,
+    parse_collected,
     parse_identity,
     parse_prepared,
     parse_snap,
     parse_status,
+    parse_tracked,
 )
 from vmbackupd.guest.report import GuestReport, parse_report
 from vmbackupd.typed import get_bool, get_int, get_strs
@@ -40,6 +44,8 @@ GUEST_PACKAGE = "vmbackupd-guest"
 
 CHANGED = "#changed"
 """Appended to a disk's export name: a bitmap (least significant bit first) of what changed since its generation."""
+FRESH = "#fresh"
+"""Such a bitmap of what the latest ``collect`` found."""
 HASHES = "#hashes"
 """Sixteen bytes for each chunk: BLAKE2b with the key given, or zero for a chunk of zeros."""
 EXCEPTIONS = "#exceptions"
@@ -59,14 +65,17 @@ __all__ = [
     "CAPTURED",
     "CHANGED",
     "EXCEPTIONS",
+    "FRESH",
     "HASHES",
     "REST",
     "AgentCall",
     "CaptureResult",
+    "Collected",
     "GuestHelper",
     "HelperStatus",
     "PreparedVolume",
     "SnapResult",
+    "TrackedDisk",
     "VolumeStatus",
     "open_data_channel",
     "remove_leftovers",
@@ -190,6 +199,33 @@ class GuestHelper:
         if hash_key is not None:
             params["hash_key"] = hash_key.hex()
         await self._call("serve", params, _LONG)
+
+    async def track(self, consumer: str, disks: Mapping[str, str], *, limit: int | None = None) -> list[TrackedDisk]:
+        """Track the changes of ``disks`` (device → what identifies it to us) from now on, or go on; in their order.
+
+        ``consumer``: for whom, at most 255 characters; what was tracked for another is not known to this one.
+        ``limit``: bytes of kernel memory for all of them (64 MiB if not given: disks of 1.8 TiB).
+        """
+        params: dict[str, object] = {
+            "consumer": consumer,
+            "disks": [{"device": device, "identity": identity} for device, identity in disks.items()],
+        }
+        if limit is not None:
+            params["limit"] = limit
+        return parse_tracked(await self._call("track", params, _LONG), disks)
+
+    async def collect(self, device: str) -> Collected:
+        """What changed on a tracked disk since this was called before: up to now, or up to T1 once that was taken."""
+        return parse_collected(await self._call("collect", {"device": device}, _LONG))
+
+    async def settle(self, generation: str) -> None:
+        """This backup is published under ``generation``: changes of all tracked disks count from its T1 on."""
+        await self._call("settle", {"generation": generation}, _LONG)
+
+    async def untrack(self) -> list[str]:
+        """End all tracking in the guest; the devices that were tracked."""
+        removed = await self._call("untrack", {}, _LONG)
+        return get_strs(removed, "removed", max_length=4096, max_item_length=32, error=GuestProtocolError)
 
     async def release(self) -> list[str]:
         """Remove everything of the job from the guest's device-mapper; returns the names of what was there."""

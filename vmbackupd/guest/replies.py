@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ _MAX_VOLUMES = 512
 _MAX_DISKS = 1024
 _MAX_CHUNKS = 1 << 40
 _MAX_NAME = 128
+_MAX_REASON = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,29 @@ class HelperStatus:
     volumes: tuple[VolumeStatus, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class TrackedDisk:
+    """Whether the changes of a disk are tracked, and since which backup all are known (``generation``; None: not yet).
+
+    ``reason`` says why they are not tracked, or not known; it is empty where there is a generation.
+    """
+
+    device: str
+    tracking: bool
+    generation: str | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """Chunks of a disk that changed since it was collected before, ``seconds`` ago. ``reason``: why all chunks count
+    as changed; empty when they do not."""
+
+    chunks: int
+    seconds: float
+    reason: str
+
+
 def parse_identity(obj: Mapping[str, object]) -> Identity:
     return Identity(
         helper=get_str(obj, "helper", max_length=64, error=_ERROR),
@@ -136,6 +160,34 @@ def parse_status(obj: Mapping[str, object]) -> HelperStatus:
     if len({volume.device for volume in volumes}) != len(volumes):
         raise _ERROR("volumes: two of the same device")
     return HelperStatus(get_str(obj, "boot_id", min_length=1, max_length=64, error=_ERROR), volumes)
+
+
+def parse_tracked(obj: Mapping[str, object], asked: Collection[str]) -> list[TrackedDisk]:
+    """One answer for each asked device, in the order asked."""
+    disks = [_tracked(item, at) for at, item in get_objects(obj, "disks", max_length=len(asked), error=_ERROR)]
+    if [disk.device for disk in disks] != list(asked):
+        raise _ERROR("disks: not the ones that were to be tracked")
+    return disks
+
+
+def parse_collected(obj: Mapping[str, object]) -> Collected:
+    return Collected(
+        chunks=get_int(obj, "chunks", maximum=_MAX_CHUNKS, error=_ERROR),
+        seconds=get_float(obj, "seconds", error=_ERROR),
+        reason=get_str(obj, "reason", max_length=_MAX_REASON, error=_ERROR),
+    )
+
+
+def _tracked(obj: dict[str, Any], at: str) -> TrackedDisk:
+    disk = TrackedDisk(
+        device=parse_devno(obj, "device", at),
+        tracking=get_bool(obj, "tracking", at=at, error=_ERROR),
+        generation=get_str(obj, "generation", None, min_length=1, max_length=255, at=at, error=_ERROR),
+        reason=get_str(obj, "reason", max_length=_MAX_REASON, at=at, error=_ERROR),
+    )
+    if disk.generation is not None and not disk.tracking:
+        raise _ERROR(f"{at}: {disk.device} has a generation and is not tracked")
+    return disk
 
 
 def _prepared(obj: dict[str, Any], at: str) -> PreparedVolume:

@@ -2,6 +2,7 @@
 
 --port NAME [--lease SECONDS]      serve the host on this virtio-serial port
 --release JOB                      remove everything of a job (or of a control port's job), end its helper, exit
+--untrack                          end all tracking of changes, remove what is pinned in the kernel for it, exit
 --fd NUMBER                        serve an inherited descriptor instead of a port
 --allow-files                      let ``serve`` export files (tests)
 --remove-self                      delete the program's own file, and its directory, at the end
@@ -18,6 +19,7 @@ from . import control, devices, memory, params, processes, release
 from .dm import Dm
 from .failures import HelperError
 from .port import Port, open_port
+from .tracker import Trackers
 
 PORT_WAIT = 30.0
 PORT = ("org.vmbackupd.", ".c")  # what stands around the job in the name of its control port
@@ -30,6 +32,7 @@ def main() -> int:
     action.add_argument("--port")
     action.add_argument("--fd", type=int)
     action.add_argument("--release", metavar="JOB")
+    action.add_argument("--untrack", action="store_true")
     parser.add_argument("--lease", type=float, default=300.0)
     parser.add_argument("--allow-files", action="store_true")
     parser.add_argument("--remove-self", action="store_true")
@@ -37,6 +40,9 @@ def main() -> int:
     try:
         if options.release:
             _release(options.release)
+        elif options.untrack:
+            for device in Trackers().untrack():
+                print(device)
         else:
             _serve(options)
     except (HelperError, OSError) as error:

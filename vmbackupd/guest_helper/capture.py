@@ -8,7 +8,7 @@ in snapshots need no memory, the snapshots keep them.
 
 import bisect
 import time
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 from . import memory
 from .bitmaps import CHUNK, Run, chunks_of, length, mark, runs
@@ -16,21 +16,7 @@ from .failures import HelperError
 from .image import PIECE, Image, Source
 
 Marked = Callable[[str], List[Run]]
-
-
-class Tracking:
-    """Who knows what was written to which disk. This one tracks nothing."""
-
-    def changed(self, device: str) -> Optional[memoryview]:
-        """The bitmap of what is known to have changed, None where the disk is not tracked."""
-        return None
-
-    def flip(self) -> None:
-        """T1, for guests without snapshots: what is marked from here on counts for the next backup."""
-
-    def marked(self, device: str) -> List[Run]:
-        """The chunks that were marked since this was last asked."""
-        raise HelperError("NotTracked", "%s is not tracked" % device)
+"""Asked for a disk, tells the chunks that were marked since it was asked before."""
 
 
 class CapturedDisk(Source):

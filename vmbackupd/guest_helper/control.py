@@ -9,14 +9,15 @@ from typing import Any, Callable, Dict, List, Optional
 
 from . import HELPER_VERSION, PROTOCOL, devices, memory, release, watchdog
 from .bitmaps import CHUNK
-from .capture import Capture, Tracking
+from .capture import Capture
 from .dm import Dm
 from .exports import Disks, Known
 from .failures import HelperError, clip
-from .params import Params, boolean, integer, job_id, number, objects
+from .params import Params, boolean, devno, integer, job_id, number, objects, text
 from .port import PAUSE, Port, PortClosed, PortGone, hello_in
 from .serving import Serving
 from .snapshot import Snapshot
+from .tracker import Trackers
 from .watchdog import Watchdog
 
 MAX_LINE = 4 << 20
@@ -32,7 +33,7 @@ class Control:
         self._dm: Optional[Dm] = None
         self._snapshot: Optional[Snapshot] = None
         self._guard: Optional[Watchdog] = None
-        self._tracking = Tracking()
+        self._trackers = Trackers()
         self._capture: Optional[Capture] = None
         self._serving = Serving(files)
         self._heard = time.monotonic()
@@ -50,6 +51,10 @@ class Control:
             "disarm": self._disarm,
             "status": self._status,
             "serve": self._serve,
+            "track": self._trackers.track,
+            "collect": self._collect,
+            "settle": self._settle,
+            "untrack": self._untrack,
             "release": self._release,
             "quit": self._quit,
         }
@@ -174,7 +179,7 @@ class Control:
     def _snap(self, params: Params) -> Dict[str, Any]:
         if self._snapshot is None:
             raise HelperError("WrongState", "no volumes are prepared")
-        return dict(self._snapshot.snap(self._guard))
+        return dict(self._snapshot.snap(self._guard, self._trackers.flip))
 
     def _prepare_capture(self, params: Params) -> Dict[str, Any]:
         devices = [self._serving.device(item.get("device")) for item in objects(params, "disks", 1024)]
@@ -182,7 +187,7 @@ class Control:
         if self._capture is not None or (self._snapshot is not None and self._snapshot.taken):
             raise HelperError("WrongState", "a capture is prepared already, or the snapshots are taken")
         for device in devices:
-            if self._tracking.changed(device) is None:
+            if self._trackers.changed(device) is None:
                 raise HelperError("NotTracked", "nobody tracks the writes to %s: it cannot be captured" % device)
         disks = Disks(self._dm, self._snapshot)
         try:
@@ -199,8 +204,8 @@ class Control:
             raise HelperError("WrongState", "no capture is prepared, or the snapshots are not taken yet")
         watchdog.require(self._guard)
         if self._snapshot is None:
-            self._tracking.flip()
-        captured = self._capture.take(self._tracking.marked, deadline)
+            self._trackers.flip()
+        captured = self._capture.take(self._trackers.marked, deadline)
         watchdog.require(self._guard)
         return captured
 
@@ -219,9 +224,26 @@ class Control:
     def _serve(self, params: Params) -> Dict[str, Any]:
         if self._snapshot is not None and not self._snapshot.taken and not boolean(params, "live"):
             raise HelperError("WrongState", "the snapshots are not taken yet")
-        known = Known(self._dm, self._snapshot, self._capture, self._tracking.changed)
+        known = Known(self._dm, self._snapshot, self._capture, self._trackers.changed, self._trackers.fresh)
         self._serving.start(params, known, self._port.close)
         return {}
+
+    def _collect(self, params: Params) -> Dict[str, Any]:
+        """What was marked on one disk since it was collected before, up to T1."""
+        device = devno(params.get("device"))
+        seconds = self._trackers.since(device)
+        return {
+            "chunks": self._trackers.collect(device),
+            "seconds": seconds,
+            "reason": clip(self._trackers.reason(device), 1000),
+        }
+
+    def _settle(self, params: Params) -> Dict[str, Any]:
+        self._trackers.settle(text(params, "generation"))
+        return {}
+
+    def _untrack(self, params: Params) -> Dict[str, Any]:
+        return {"removed": self._trackers.untrack()}
 
     def _release(self, params: Params) -> Dict[str, Any]:
         job = job_id(params.get("job"))
@@ -246,8 +268,9 @@ class Control:
         return self._dm
 
     def _drop(self) -> None:
-        """The end, however it came: no watchdog, no servers, no snapshots."""
-        for step in (self._drop_guard, self._serving.stop, self._drop_capture, self._drop_snapshot):
+        """The end, however it came: no watchdog, no servers, no snapshots. Tracking goes on."""
+        steps = (self._drop_guard, self._serving.stop, self._drop_capture, self._drop_snapshot, self._trackers.close)
+        for step in steps:
             try:
                 step()
             except Exception as error:  # the other steps are still to be taken

@@ -72,6 +72,11 @@ def read(path: str, limit: int = 4096) -> str:
         return ""
 
 
+def size_of(devno: str) -> int:
+    """Bytes of a device as it is now; 0 when it is gone."""
+    return _number("/sys/dev/block/%s/size" % devno) * SECTOR
+
+
 def devno_of_name(name: str) -> str:
     """``major:minor`` of a kernel name; empty when the device is gone."""
     return read(os.path.join(BLOCK, name, "dev"))

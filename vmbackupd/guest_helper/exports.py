@@ -58,13 +58,14 @@ class Disks:
 
 
 class Known(NamedTuple):
-    """What the helper knows when a data server starts. ``changed`` gives a disk's bitmap, None for one that is not
-    tracked."""
+    """What the helper knows when a data server starts. ``changed`` and ``fresh`` give a disk's bitmaps, None for one
+    that is not tracked."""
 
     dm: Optional[Dm]
     snapshot: Optional[Snapshot]
     capture: Optional[Capture]
     changed: Callable[[str], Optional[memoryview]]
+    fresh: Callable[[str], Optional[memoryview]]
 
 
 def exports(wanted: Dict[str, str], known: Known, live: bool, key: Optional[bytes]) -> Dict[str, Export]:
@@ -74,8 +75,8 @@ def exports(wanted: Dict[str, str], known: Known, live: bool, key: Optional[byte
     for name, device in wanted.items():
         image = disks.image(device)
         offered: Dict[str, Optional[Export]] = {"": Blocks(image, still=not live)}
-        changed = known.changed(device)
-        offered["#changed"] = Table(changed) if changed is not None else None
+        for suffix, bitmap in (("#changed", known.changed(device)), ("#fresh", known.fresh(device))):
+            offered[suffix] = Table(bitmap) if bitmap is not None else None
         offered["#hashes"] = Hashes(Blocks(image, still=False), key) if key is not None else None
         offered["#exceptions"] = disks.exceptions(device, image.size)
         captured = known.capture.disks.get(device) if known.capture is not None and known.capture.taken else None

@@ -10,7 +10,7 @@ leaves the device marked as frozen until the next boot (6.12).
 """
 
 import time
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from . import devices, memory, release, scratch, udevrules, watchdog
 from .dm import READONLY, SUSPEND, Dm, Info, Target, number_of, resume_request, suspend_request
@@ -109,8 +109,9 @@ class Snapshot:
         except (HelperError, OSError):
             pass
 
-    def snap(self, guard: Optional[Watchdog]) -> Dict[str, float]:
-        """T1. Nothing but ioctls happens between the first suspend and the last resume."""
+    def snap(self, guard: Optional[Watchdog], flip: Callable[[], None]) -> Dict[str, float]:
+        """T1. Between the first suspend and the last resume nothing happens but ioctls and, while all stand still,
+        ``flip``, which must not touch a file."""
         if not self.volumes or self.taken:
             raise HelperError("WrongState", "the snapshot was not prepared, or is taken already")
         watchdog.require(guard)
@@ -129,6 +130,8 @@ class Snapshot:
                     failure = error
                     break
                 still += 1
+            if failure is None:
+                flip()
             t1, middle = time.time(), clock()
             first = len(resumes) - still  # only what is suspended: a resume of the others would swap their tables
             for buffers in (resumes, again):

@@ -1,0 +1,221 @@
+"""One disk whose changes are tracked: its programs and its marks, pinned in a directory of bpffs, and when to trust
+them."""
+
+import contextlib
+import os
+import re
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+
+from . import bpf, devices
+from .btf import Types
+from .dm import Dm, number_of
+from .failures import HelperError
+from .marks import Layout, Marks, layout
+from .program import BIOS, PAGE, REQUESTS, Disk, Fields, program
+
+VERSION = 1
+_MARKS = "marks"
+_DISTRUST = (
+    ("version", "the tracker is another version's"),
+    ("boot_id", "the guest was started anew"),
+    ("switch", "the tracker's switch was replaced"),
+    ("consumer", "another host or repository used the tracker"),
+    ("identity", "another disk has this device number now"),
+    ("device", "another disk has this device number now"),
+    ("size", "the disk was resized"),
+    ("incarnation", "the disk was detached and attached again"),
+)
+_NVME_HEAD = re.compile(r"nvme[0-9]+n[0-9]+\Z")
+
+
+class Facts(NamedTuple):
+    """What makes a disk the one that it was: ``incarnation`` changes whenever the kernel makes or refills the device.
+    ``events`` are those that show its writes; ``scattered``: its discards may have many ranges."""
+
+    device: str
+    size: int
+    incarnation: str
+    events: Tuple[str, str]
+    scattered: bool
+
+
+class Tracked:
+    """A disk whose programs run."""
+
+    def __init__(self, path: str, facts: Facts, marks: Marks, links: List[int], record: Dict[str, Any]) -> None:
+        self.facts, self.marks, self.path = facts, marks, path
+        self._links, self._record = links, record
+
+    @property
+    def generation(self) -> Optional[str]:
+        """The backup since which all changes are known; None when they are known only since tracking began."""
+        value = self._record["generation"]
+        return value if isinstance(value, str) else None
+
+    def move(self, side: int) -> None:
+        """Collect a side that no program marks now."""
+        misses = [bpf.link_misses(link) for link in self._links]
+        if misses != self._record["misses"]:
+            self.marks.everything("the kernel did not run the tracker for every request")
+            self._keep(misses=misses)
+        size = devices.size_of(self.facts.device)
+        if size != self.facts.size:
+            self.marks.everything("the disk now has %d bytes, not %d" % (size, self.facts.size))
+        self.marks.move(side)
+
+    def settle(self, generation: str) -> None:
+        """What was collected belongs to ``generation``: it is forgotten. A death in between is made good later."""
+        self._keep(generation=generation, forget=True)
+        self.finish_settling()
+
+    def finish_settling(self) -> None:
+        """Forget what was to be forgotten."""
+        if self._record["forget"]:
+            self.marks.forget()
+            self._keep(forget=False)
+
+    def _keep(self, **changes: Any) -> None:
+        self._record.update(changes)
+        self.marks.keep(self._record)
+
+    def close(self) -> None:
+        """Let go; the programs go on. The memory goes with the last reference to it."""
+        for link in self._links:
+            os.close(link)
+        self._links = []
+
+
+def look(device: str) -> Facts:
+    """Facts of a disk. Raises ``HelperError`` for one that cannot be tracked."""
+    base = os.path.realpath("/sys/dev/block/" + device)
+    name = os.path.basename(base)
+    if not os.path.exists(os.path.join(base, "dev")):
+        raise HelperError("NoTracking", "there is no device %s" % device)
+    if os.path.exists(os.path.join(base, "partition")):
+        raise HelperError("NoTracking", "%s is a partition: whole disks are tracked" % name)
+    if devices.read(os.path.join(base, "queue/zoned")) not in ("", "none"):
+        raise HelperError("NoTracking", "%s is a zoned disk: resetting a zone is not seen" % name)
+    events = REQUESTS
+    if not os.path.isdir(os.path.join(base, "mq")):
+        events = BIOS
+        _require_whole_bios(name, device)
+    sequence = devices.read(os.path.join(base, "diskseq"))  # since Linux 5.15
+    incarnation = "%s/%d" % (sequence, os.stat(base).st_ino)
+    scattered = devices.read(os.path.join(base, "queue/max_discard_segments")) not in ("", "0", "1")
+    size = devices.size_of(device)
+    if not size:
+        raise HelperError("NoTracking", "%s has no size" % name)
+    return Facts(device, size, incarnation, events, scattered)
+
+
+def start(path: str, facts: Facts, switch: int, record: Dict[str, Any]) -> Tracked:
+    """Begin to track into the new directory ``path``. Raises ``HelperError``; nothing is left then."""
+    where = layout(facts.size)
+    os.mkdir(path, 0o700)
+    opened: List[int] = []
+    try:
+        with _feature("maps in shared memory (Linux 5.5)"):
+            opened.append(bpf.create_array("vmbk_marks", 1 << PAGE, where.length >> PAGE))
+            bpf.pin(opened[0], os.path.join(path, _MARKS))
+        links = _attach(path, facts, where, opened[0], switch)
+        record = dict(record, **_identity(facts, switch), generation=None, forget=False)
+        tracked = Tracked(path, facts, Marks(opened[0], where), links, record)
+        tracked._keep(misses=[bpf.link_misses(link) for link in links])
+        return tracked
+    except BaseException:
+        remove(path)
+        raise
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+
+
+def adopt(path: str, facts: Facts, switch: int, record: Dict[str, Any]) -> Tracked:
+    """Go on with what is pinned in ``path``. Raises ``HelperError`` with the reason why it is not to be trusted."""
+    where, opened = layout(facts.size), []
+    try:
+        opened.append(bpf.get(os.path.join(path, _MARKS)))
+        if not bpf.map_info(opened[0]).is_array(1 << PAGE, where.length >> PAGE):
+            raise HelperError("NoTracking", "the disk was resized, or the tracker is another version's")
+        marks = Marks(opened[0], where)
+        kept = _trusted(marks.record(), dict(record, **_identity(facts, switch)))
+        opened += [bpf.get(os.path.join(path, event)) for event in facts.events]
+        tracked = Tracked(path, facts, marks, opened[1:], kept)
+        tracked.finish_settling()
+    except BaseException as error:
+        for descriptor in opened[1:]:
+            os.close(descriptor)
+        if isinstance(error, OSError):
+            raise HelperError("NoTracking", "the tracker is damaged: %s" % error.strerror)
+        raise
+    finally:
+        for descriptor in opened[:1]:
+            os.close(descriptor)
+    return tracked
+
+
+def remove(path: str) -> None:
+    """End the tracking of one disk."""
+    for name in os.listdir(path):
+        os.unlink(os.path.join(path, name))
+    os.rmdir(path)
+
+
+def _identity(facts: Facts, switch: int) -> Dict[str, Any]:
+    return {
+        "version": VERSION,
+        "boot_id": devices.boot_id(),
+        "device": facts.device,
+        "size": facts.size,
+        "incarnation": facts.incarnation,
+        "switch": bpf.map_info(switch).ident,
+    }
+
+
+def _trusted(kept: Optional[Dict[str, Any]], wanted: Dict[str, Any]) -> Dict[str, Any]:
+    """The record that was kept, if it is of the same disk and for the same consumer."""
+    if kept is None or not {"generation", "forget", "misses"} <= set(kept):
+        raise HelperError("NoTracking", "the tracker's record is damaged")
+    for key, what in _DISTRUST:
+        if kept.get(key) != wanted[key]:
+            raise HelperError("NoTracking", what)
+    return kept
+
+
+def _attach(path: str, facts: Facts, where: Layout, marks: int, switch: int) -> List[int]:
+    major, minor = (int(part) for part in facts.device.split(":"))
+    disk = Disk(major, minor, where.chunks, marks, switch, where.fine, where.coarse, where.stride, facts.scattered)
+    fields, links = Fields(Types()), []
+    for event in facts.events:
+        with _feature("programs on raw tracepoints (Linux 5.5)"):
+            code = bpf.load("vmbk_" + event[6:], program(event, disk, fields))
+        try:
+            with _feature("pinned links (Linux 5.8)"):
+                links.append(bpf.attach(code, event))
+                bpf.pin(links[-1], os.path.join(path, event))
+                bpf.link_misses(links[-1])
+        finally:
+            os.close(code)
+    return links
+
+
+@contextlib.contextmanager
+def _feature(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise HelperError("NoTracking", "the guest's kernel does not give us %s: %s" % (name, error.strerror))
+
+
+def _require_whole_bios(name: str, device: str) -> None:
+    """A disk without requests shows bios, and at their completion not all of them whole."""
+    if _NVME_HEAD.match(name):
+        raise HelperError("NoTracking", "%s is an NVMe multipath head: it does not show when its writes end" % name)
+    if name.startswith("dm-"):
+        dm = Dm()
+        try:
+            rows = len(dm.table(number_of(device)))
+        finally:
+            dm.close()
+        if rows != 1:
+            raise HelperError("NoTracking", "%s has %d segments, and shows no write over two of them" % (name, rows))
