@@ -6,6 +6,8 @@
 --fd NUMBER                        serve an inherited descriptor instead of a port
 --allow-files                      let ``serve`` export files (tests)
 --remove-self                      delete the program's own file, and its directory, at the end
+
+Or what an administrator of the guest calls: enroll, unenroll (see ``enroll``).
 """
 
 import argparse
@@ -15,7 +17,7 @@ import signal
 import sys
 
 # Everything is imported now: while a root filesystem is suspended nothing can be.
-from . import control, devices, memory, params, processes, release
+from . import control, devices, enroll, memory, params, processes, release
 from .dm import Dm
 from .failures import HelperError
 from .port import Port, open_port
@@ -27,6 +29,8 @@ PORT = ("org.vmbackupd.", ".c")  # what stands around the job in the name of its
 
 def main() -> int:
     """Exit status: 0 done, 1 failed, 2 usage."""
+    if sys.argv[1:2] and sys.argv[1] in enroll.COMMANDS:
+        return enroll.main(sys.argv[1:])
     parser = argparse.ArgumentParser(prog="vmbackupd-guest-helper")
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--port")

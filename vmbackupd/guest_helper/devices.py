@@ -104,7 +104,7 @@ def _device(name: str) -> Optional[Device]:
         return None
     part = os.path.exists(os.path.join(base, "partition"))
     whole = os.path.dirname(os.path.realpath(base)) if part else base
-    udev = _udev(devno)
+    udev = properties(devno)
     hardware = os.path.realpath(os.path.join(whole, "device")) if os.path.exists(os.path.join(whole, "device")) else ""
     device: Device = {
         "name": clip(name.replace("!", "/"), 255),
@@ -218,14 +218,14 @@ def _dm(dm: Dm, devno: str) -> Optional[Dict[str, Any]]:
     return {"name": info.name, "uuid": info.uuid, "table": shown_rows(rows)}
 
 
-def _udev(devno: str) -> Dict[str, str]:
-    """Properties of udev's database."""
-    properties = {}
+def properties(devno: str) -> Dict[str, str]:
+    """What udev knows of a device."""
+    found = {}
     for line in read(os.path.join(UDEV, "b" + devno), 65536).splitlines():
         if line.startswith("E:"):
             key, _, value = line[2:].partition("=")
-            properties[key] = value
-    return properties
+            found[key] = value
+    return found
 
 
 def _links(directory: str) -> List[str]:

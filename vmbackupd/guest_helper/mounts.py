@@ -45,7 +45,7 @@ def swaps() -> Set[str]:
     except OSError:
         return found
     for line in lines:
-        devno = _devno_of_node(_unescape(line.split()[0]))
+        devno = devno_of_node(unescape(line.split()[0]))
         if devno is not None:
             found.add(devno)
     return found
@@ -74,9 +74,9 @@ def _parse(line: str) -> List[Mount]:
     before, after = left.split(" "), right.split(" ")
     if len(before) < 6 or len(after) < 3:
         return []
-    devno, path, options, fstype, source = before[2], _unescape(before[4]), before[5], after[0], _unescape(after[1])
+    devno, path, options, fstype, source = before[2], unescape(before[4]), before[5], after[0], unescape(after[1])
     if devno.startswith("0:"):  # an anonymous number: btrfs and the like name their device as the source
-        node = _devno_of_node(source) if source.startswith("/dev/") else None
+        node = devno_of_node(source) if source.startswith("/dev/") else None
         if node is None:
             return []
         numbers = _btrfs_members(node) if fstype == "btrfs" else [node]
@@ -85,10 +85,11 @@ def _parse(line: str) -> List[Mount]:
     return [Mount(number, path, fstype, options) for number in numbers]
 
 
-def _devno_of_node(path: str) -> Optional[str]:
+def devno_of_node(path: str) -> Optional[str]:
+    """``major:minor`` of the block device at ``path``; None when there is none."""
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):
         return None
     if not stat.S_ISBLK(status.st_mode):
         return None
@@ -116,5 +117,6 @@ def _read_members(directory: str) -> Dict[str, str]:
     return members
 
 
-def _unescape(text: str) -> str:
+def unescape(text: str) -> str:
+    """A field of mountinfo or fstab, where blanks are written in octal."""
     return _ESCAPE.sub(lambda found: chr(int(found.group(1), 8)), text)
