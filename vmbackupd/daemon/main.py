@@ -16,7 +16,7 @@ from vmbackupd.api.service import Service
 from vmbackupd.config import Config, to_toml
 from vmbackupd.daemon import arguments, sd
 from vmbackupd.daemon.lock import StateLock
-from vmbackupd.daemon.wiring import RunnerFactory, libvirt_runner, make_directories
+from vmbackupd.daemon.wiring import RunnerFactory, job_runner, make_directories
 from vmbackupd.errors import BackupError, ConfigError
 from vmbackupd.job.job import Job
 from vmbackupd.job.manager import JobManager
@@ -28,7 +28,7 @@ THREADS = 256  # at most; made when they are needed
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def main(argv: Sequence[str] | None = None, factory: RunnerFactory = libvirt_runner) -> int:
+def main(argv: Sequence[str] | None = None, factory: RunnerFactory = job_runner) -> int:
     """Run the daemon until it is told to stop; returns the exit status: 2 for a wrong configuration."""
     args = arguments.parse(argv)
     logging.basicConfig(level=args.log_level.upper(), handlers=[sd.log_handler()], force=True)

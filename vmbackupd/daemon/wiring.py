@@ -8,24 +8,34 @@ from pathlib import Path
 
 from vmbackupd.config import Config
 from vmbackupd.errors import ConfigError
+from vmbackupd.hypervisor.base import Hypervisor
 from vmbackupd.job.job import Runner
 
 RunnerFactory = Callable[[Config], AbstractAsyncContextManager[Runner]]
 
 
 @asynccontextmanager
-async def libvirt_runner(config: Config) -> AsyncIterator[Runner]:
-    """The real work, on libvirt. Raises ``HypervisorError`` when libvirt cannot be reached."""
+async def job_runner(config: Config) -> AsyncIterator[Runner]:
+    """The real work, on libvirt or on QEMU alone. Raises ``HypervisorError`` when libvirt cannot be reached."""
     # Imported here so that a wrong command line or configuration is told without libvirt and the engine.
-    from vmbackupd.hypervisor.libvirt import LibvirtHypervisor
     from vmbackupd.job.runner import JobRunner
 
-    hypervisor = LibvirtHypervisor(config.hypervisor.uri)
+    hypervisor = _hypervisor(config)
     await hypervisor.open()
     try:
         yield JobRunner(config, hypervisor)
     finally:
         await hypervisor.close()
+
+
+def _hypervisor(config: Config) -> Hypervisor:
+    if config.hypervisor.is_qmp:
+        from vmbackupd.hypervisor.qmp.hypervisor import QmpHypervisor
+
+        return QmpHypervisor(config.machines, config.state_directory)
+    from vmbackupd.hypervisor.libvirt import LibvirtHypervisor
+
+    return LibvirtHypervisor(config.hypervisor.uri)
 
 
 def make_directories(config: Config) -> None:

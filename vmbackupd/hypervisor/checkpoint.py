@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from vmbackupd.errors import HypervisorError, InvalidArgument, NotRunning
 from vmbackupd.hypervisor import domain as dx
 from vmbackupd.hypervisor.base import BITMAP_PREFIX, HypervisorLost, bitmap_name
+from vmbackupd.hypervisor.dirtybitmaps import Bitmap, bitmaps_of, checkpoints_among, loss
 from vmbackupd.hypervisor.images import remove_bitmap, same_file
 from vmbackupd.hypervisor.snapshot import running
 
@@ -29,16 +30,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("hypervisor.checkpoint")
 
 ROUNDS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Bitmap:
-    """One dirty bitmap of an active image, as QEMU tells it."""
-
-    recording: bool
-    persistent: bool
-    inconsistent: bool
-    busy: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,25 +99,20 @@ async def reasons(conn: LibvirtConnection, uuid: str, name: str, targets: Sequen
     nodes = await _nodes(conn, uuid, root)
     known = await conn.checkpoints(uuid)
     return {target: _obstacle(root, nodes, target)
-            or _loss(root, nodes[target], bitmap_name(name, target), target, known) for target in targets}
+            or _loss(root, nodes[target], name, target, known) for target in targets}
 
 
 def _loss(root: ET.Element, node: Node, name: str, target: str, known: Mapping[str, str]) -> str | None:
     """Why the bitmap of one disk does not tell all that was written since it began."""
-    bitmap = node.bitmaps.get(name)
-    if bitmap is None:
-        moved = next((other for other in node.bitmaps if other.startswith(BITMAP_PREFIX)), None)
-        return ("its dirty bitmap is missing" if moved is None or moved.endswith(f".{target}") else
-                f"its image was another disk's when the recording began (it has the bitmap {moved})")
-    if name not in known:
+    lost = loss(node.bitmaps, name, target)
+    if lost is not None:
+        return lost
+    known_as = bitmap_name(name, target)
+    if known_as not in known:
         return "libvirt does not know the checkpoint any more (was the VM defined anew?)"
-    if bitmap.inconsistent:
-        return "its dirty bitmap is inconsistent: QEMU did not end cleanly while it recorded"
-    if not bitmap.recording or not bitmap.persistent:
-        return "somebody stopped the recording of its dirty bitmap"
-    if bitmap.busy:
-        return "its dirty bitmap is in use by another job"
-    then, now = _image(dx.parse_checkpoint(known[name]), target), _image(root, target)
+    if not node.bitmaps[known_as].persistent:
+        return "somebody put another dirty bitmap in the place of ours"
+    then, now = _image(dx.parse_checkpoint(known[known_as]), target), _image(root, target)
     if then is None or now is None or not same_file(then, now):
         return f"its active image is {now}, and was {then} when the recording began"
     return None
@@ -140,8 +126,7 @@ def _image(root: ET.Element | None, target: str) -> str | None:
 
 async def names(conn: LibvirtConnection, uuid: str) -> list[str]:
     """See :meth:`Hypervisor.bitmaps`."""
-    ours = [name for name in await conn.checkpoints(uuid) if name.startswith(BITMAP_PREFIX)]
-    return sorted({name.rpartition(".")[0] or name for name in ours})
+    return sorted(checkpoints_among(await conn.checkpoints(uuid)))
 
 
 # --- the end of a checkpoint
@@ -244,7 +229,4 @@ def nodes_of(reply: object, aliases: Mapping[str, str]) -> dict[str, Node]:
 
 def _node(inserted: Any) -> Node:
     specific = inserted["image"].get("format-specific", {}).get("data", {})
-    bitmaps = {item["name"]: Bitmap(bool(item["recording"]), bool(item["persistent"]),
-                                    bool(item.get("inconsistent", False)), bool(item["busy"]))
-               for item in inserted.get("dirty-bitmaps", ()) if "name" in item}
-    return Node(str(inserted["node-name"]), str(inserted["drv"]), str(specific.get("compat", "")), bitmaps)
+    return Node(str(inserted["node-name"]), str(inserted["drv"]), str(specific.get("compat", "")), bitmaps_of(inserted))

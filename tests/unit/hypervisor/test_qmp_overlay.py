@@ -223,7 +223,7 @@ def test_an_overlay_that_is_off_its_base_is_never_committed_again(few_disks: Pla
     overlay = snapshot(few_disks)["vda"]
     commit(few_disks, "vda", status="pending")
     with monitor(few_disks.qemu.own) as own:  # what drop_overlay does then, up to the moment of the crash
-        own.execute("block-dirty-bitmap-remove", node=node_name(overlay), name="vmbackupd-live")
+        own.execute("block-dirty-bitmap-remove", node=node_name(overlay), name="vmbk-live")
         own.execute("job-finalize", id=node_name(overlay))
     few_disks.qemu.write(VDA, 9, "64k", "64k")
     end(few_disks, how)

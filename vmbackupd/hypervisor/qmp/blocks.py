@@ -13,23 +13,12 @@ from urllib.parse import urlsplit
 
 from vmbackupd.errors import HypervisorError
 from vmbackupd.hypervisor.base import DiskSource
+from vmbackupd.hypervisor.dirtybitmaps import Bitmap, bitmaps_of
 
 PROTOCOLS = {"file", "host_device", "iscsi", "nbd", "rbd", "nfs", "ssh", "curl", "http", "https", "nvme", "gluster"}
 
 FILTERS = {"mirror_top", "commit_top", "backup-top", "copy-before-write", "copy-on-read", "throttle", "compress",
            "preallocate", "snapshot-access", "blkdebug", "blklogwrites", "blkreplay"}
-
-
-@dataclass(frozen=True, slots=True)
-class Bitmap:
-    """A dirty bitmap of a node; ``granularity`` in bytes."""
-
-    name: str
-    granularity: int
-    recording: bool
-    persistent: bool
-    inconsistent: bool
-    busy: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +40,13 @@ class Node:
     size: int
     read_only: bool
     depth: int
-    bitmaps: tuple[Bitmap, ...]
+    bitmaps: Mapping[str, Bitmap]
 
     @property
     def is_format(self) -> bool:
         """Whether it makes an image of a file or device: neither that one's bytes, nor a filter, which has the file
         name of what it filters."""
         return self.driver not in PROTOCOLS and self.driver not in FILTERS
-
-    def bitmap(self, name: str) -> Bitmap | None:
-        return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +87,8 @@ def _node(item: Mapping[str, Any]) -> Node:
     while below is not None:
         images.append(Image(below["filename"], _format(below.get("format", "raw"))))
         below = below.get("backing-image")
-    bitmaps = tuple(
-        Bitmap(entry.get("name", ""), int(entry["granularity"]), bool(entry["recording"]), bool(entry["persistent"]),
-               bool(entry.get("inconsistent", False)), bool(entry["busy"]))
-        for entry in item.get("dirty-bitmaps", ()))
     return Node(item["node-name"], item["drv"], tuple(images), int(item["image"]["virtual-size"]), bool(item["ro"]),
-                int(item["backing_file_depth"]), bitmaps)
+                int(item["backing_file_depth"]), bitmaps_of(item))
 
 
 def _format(driver: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,6 +15,10 @@ from vmbackupd.hypervisor.qmp import blocks
 from vmbackupd.hypervisor.qmp.blocks import Drive, Node
 from vmbackupd.hypervisor.qmp.devices import FLASH, Objects, by_id, device_kind, guest_address
 from vmbackupd.hypervisor.qmp.machine import Machine
+
+log = logging.getLogger("hypervisor.qmp")
+
+_UIDS = re.compile(r"^(Uid|Gid):\t\d+\t(\d+)", re.MULTILINE)  # the effective ids, second of four
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,3 +130,14 @@ def _target(path: str, drive: Drive) -> str:
         return name
     place = path.removesuffix("/virtio-backend").rpartition("/")[2]
     return place.replace("[", "").rstrip("]")
+
+
+def let_in(machine: Machine, path: str) -> None:
+    """Give the image to the user that QEMU runs as."""
+    if machine.process is None:
+        return
+    try:
+        ids = dict(_UIDS.findall((machine.process / "status").read_text()))
+        os.chown(path, int(ids["Uid"]), int(ids["Gid"]))
+    except (OSError, KeyError) as error:
+        log.info("VM %s: %s is not given to QEMU's user: %s", machine.name, path, error)

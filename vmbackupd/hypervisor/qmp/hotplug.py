@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
-import re
 from pathlib import Path
 
 from vmbackupd.errors import HypervisorError, NotRunning
 from vmbackupd.hypervisor.hotplug import DETACH, DETACH_ASK_AGAIN
 from vmbackupd.hypervisor.qmp.devices import Objects, channel_sockets, find_port, free_root_port, scsi_bus
-from vmbackupd.hypervisor.qmp.disks import Disks, read_disks
+from vmbackupd.hypervisor.qmp.disks import Disks, let_in, read_disks
 from vmbackupd.hypervisor.qmp.machine import Machine
 from vmbackupd.hypervisor.qmp.nodes import forget_live, is_ours, node_name, remove_node
 from vmbackupd.hypervisor.qmpclient import QmpRefused
 from vmbackupd.hypervisor.storage_daemon import SOCKET_PATH_LIMIT
-
-log = logging.getLogger("hypervisor.qmp")
-
-_UIDS = re.compile(r"^(Uid|Gid):\t\d+\t(\d+)", re.MULTILINE)  # the effective ids, second of four
 
 
 async def attach_channel(machine: Machine, name: str) -> str:
@@ -82,7 +76,7 @@ async def attach_scratch(machine: Machine, path: str, serial: str) -> str:
         if found is not None:
             return found[0].disk.target
         if disks.node_of(path) is None:
-            _let_in(machine, path)
+            let_in(machine, path)
             await machine.execute("blockdev-add", {
                 "driver": "qcow2", "node-name": node_name(path), "discard": "unmap",
                 "cache": {"direct": False, "no-flush": True},
@@ -93,17 +87,6 @@ async def attach_scratch(machine: Machine, path: str, serial: str) -> str:
             await remove_node(machine, node_name(path))
             raise
     return serial
-
-
-def _let_in(machine: Machine, path: str) -> None:
-    """Give the image to the user that QEMU runs as."""
-    if machine.process is None:
-        return
-    try:
-        ids = dict(_UIDS.findall((machine.process / "status").read_text()))
-        os.chown(path, int(ids["Uid"]), int(ids["Gid"]))
-    except (OSError, KeyError) as error:
-        log.info("VM %s: %s is not given to QEMU's user: %s", machine.name, path, error)
 
 
 async def _add_disk(machine: Machine, objects: Objects, node: str, serial: str) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from vmbackupd.config import MachineConfig
 from vmbackupd.errors import GuestAgentUnavailable, HypervisorError, NotFound, NotRunning
-from vmbackupd.hypervisor.base import DomainInfo
+from vmbackupd.hypervisor.base import DomainInfo, FleeceExport
 from vmbackupd.hypervisor.guestagent import AGENT_PORT, GuestAgent
-from vmbackupd.hypervisor.qmp import hotplug, overlay, snapshot
+from vmbackupd.hypervisor.qmp import bitmaps, fleece, hotplug, overlay, snapshot
 from vmbackupd.hypervisor.qmp.description import agent_socket, command_line, describe
 from vmbackupd.hypervisor.qmp.devices import Objects
 from vmbackupd.hypervisor.qmp.disks import read_disks
@@ -112,6 +112,25 @@ class QmpHypervisor:
     async def drop_overlay(self, uuid: str, overlay_path: str,
                            progress: Callable[[int, int], None] | None = None) -> None:
         await overlay.drop(await self._machine(uuid), overlay_path, progress)
+
+    async def begin_bitmaps(self, uuid: str, name: str, targets: Sequence[str]) -> dict[str, str | None]:
+        return await bitmaps.begin(await self._machine(uuid), name, targets)
+
+    async def bitmap_reasons(self, uuid: str, name: str, targets: Sequence[str]) -> dict[str, str | None]:
+        return await bitmaps.reasons(await self._machine(uuid), name, targets)
+
+    async def drop_bitmaps(self, uuid: str, name: str) -> None:
+        await bitmaps.drop(await self._machine(uuid), name)
+
+    async def bitmaps(self, uuid: str) -> list[str]:
+        return await bitmaps.names(await self._machine(uuid))
+
+    async def begin_fleece(self, uuid: str, disks: Mapping[str, str], socket: str,
+                           since: Mapping[str, str]) -> dict[str, FleeceExport]:
+        return await fleece.begin(await self._machine(uuid), disks, socket, since)
+
+    async def end_fleece(self, uuid: str) -> None:
+        await fleece.end(await self._machine(uuid))
 
     async def path_users(self, path: str) -> Sequence[str]:
         """A machine that is off has the paths that its command line names."""

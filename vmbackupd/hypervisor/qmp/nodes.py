@@ -16,7 +16,7 @@ from vmbackupd.hypervisor.qmpclient import QmpRefused
 
 log = logging.getLogger("hypervisor.qmp")
 
-LIVE = "vmbackupd-live"
+LIVE = "vmbk-live"  # no checkpoint of ours, see BITMAP_PREFIX
 _PREFIX = "vmbk-"
 
 

@@ -41,7 +41,7 @@ async def _round(machine: Machine, path: str, progress: Progress | None) -> bool
             await _refuse_needed(machine, path)
             await delete_overlay(path, machine.name)
             return True
-        if await _job(machine, path) is None and (node.bitmap(LIVE) is None or node.depth == 0):
+        if await _job(machine, path) is None and (LIVE not in node.bitmaps or node.depth == 0):
             await forget_live(machine, node.name)  # it was never put on top of its base, or is off it again
             await remove_node(machine, node.name)
             return False
