@@ -52,13 +52,13 @@ def domain_xml(
     initrd: Path,
     cmdline: str,
     console: Path,
-    disks: Sequence[tuple[str, Path, str]],
+    disks: Sequence[tuple[str, Path | Lun, str, str]],
     luns: Sequence[Lun] = (),
     memory: int = 640,
     vcpus: int = 2,
 ) -> str:
-    """The XML of a lab guest. ``disks``: (target, qcow2 file, serial); ``luns`` become ``device='lun'`` disks sda...;
-    memory in MiB.
+    """The XML of a lab guest. ``disks``: (target, file or a LUN that QEMU makes a disk of, format, serial); ``luns``
+    become ``device='lun'`` disks sda...; memory in MiB.
     """
     parts = [
         f"<domain type='{'kvm' if kvm else 'qemu'}'><name>{name}</name>",
@@ -69,17 +69,16 @@ def domain_xml(
         "<cpu mode='host-passthrough'/>" if kvm else "<cpu mode='maximum'/>",
         "<on_poweroff>destroy</on_poweroff><on_reboot>restart</on_reboot><on_crash>destroy</on_crash><devices>",
     ]
-    for target, path, serial in disks:
+    for target, source, form, serial in disks:
+        kind = "network" if isinstance(source, Lun) else "file"
+        where = _network_source(source) if isinstance(source, Lun) else f"<source file={quoteattr(str(source))}/>"
         parts.append(
-            "<disk type='file' device='disk'><driver name='qemu' type='qcow2' discard='unmap'/>"
-            f"<source file={quoteattr(str(path))}/><target dev='{target}' bus='virtio'/>"
-            f"<serial>{serial}</serial></disk>"
+            f"<disk type='{kind}' device='disk'><driver name='qemu' type='{form}' discard='unmap'/>"
+            f"{where}<target dev='{target}' bus='virtio'/><serial>{serial}</serial></disk>"
         )
     for number, lun in enumerate(luns):
-        host, port = lun.portal.split(":")
         parts.append(
-            "<disk type='network' device='lun'><driver name='qemu' type='raw'/>"
-            f"<source protocol='iscsi' name='{lun.iqn}/{lun.lun}'><host name='{host}' port='{port}'/></source>"
+            f"<disk type='network' device='lun'><driver name='qemu' type='raw'/>{_network_source(lun)}"
             f"<target dev='sd{chr(97 + number)}' bus='scsi'/>"
             f"<address type='drive' controller='0' bus='0' target='0' unit='{number}'/></disk>"
         )
@@ -94,6 +93,11 @@ def domain_xml(
         "<memballoon model='none'/></devices></domain>"
     )
     return "".join(parts)
+
+
+def _network_source(lun: Lun) -> str:
+    host, port = lun.portal.split(":")
+    return f"<source protocol='iscsi' name='{lun.iqn}/{lun.lun}'><host name='{host}' port='{port}'/></source>"
 
 
 class LabAgent:

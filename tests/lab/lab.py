@@ -150,6 +150,7 @@ class Lab:
         disks: Mapping[str, int] | None = None,
         luns: Mapping[str, int] | None = None,
         direct_luns: Mapping[str, int] | None = None,
+        formats: Mapping[str, str] | None = None,
     ) -> Guest:
         """Boot a new guest of a kind (a key of KINDS; all but ``lvm`` have an ext4 root on the whole of vda). Waits for
         agent and mounts.
@@ -157,8 +158,9 @@ class Lab:
         vda root, vdb VG vgdata, vdc one half of VG vgspan, sda (``device='lun'``) VG vglun; over its own iSCSI
         initiator VG vgiscsi and the other half of vgspan. On top of these come empty ones, each with its size in bytes:
         virtual ``disks`` by target (``vdd``...), ``luns`` of the guest's own initiator by name, ``direct_luns``
-        (``device='lun'``: sdb...) by name. ``cmdline`` is added to the kernel's (``vmbk.agent=noexec``: the agent
-        refuses guest-exec).
+        (``device='lun'``: sdb...) by name. ``formats`` gives virtual disks other images than qcow2, by target:
+        ``raw``, ``vmdk``, ``vpc``, or ``iscsi`` (raw, over QEMU's own initiator). ``cmdline`` is added to the kernel's
+        (``vmbk.agent=noexec``: the agent refuses guest-exec).
         """
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r}: one of {', '.join(KINDS)}")
@@ -167,6 +169,8 @@ class Lab:
         images = image.ensure(system)
         paths = self._disks(name, images.disk(root), disks or {})
         known = self._luns(name, luns or {}, direct_luns or {})
+        shapes = {target: (formats or {}).get(target, "qcow2") for target in paths}
+        sources = {target: self._in_format(name, target, paths, shape) for target, shape in shapes.items()}
         words = [
             CMDLINE,
             "root=/dev/mapper/vgroot-root" if root == "root" else "root=/dev/vda",
@@ -182,7 +186,10 @@ class Lab:
             initrd=images.initrd,
             cmdline=" ".join(words).strip(),
             console=console,
-            disks=[(target, path, f"{name}-{target}") for target, path in paths.items()],
+            disks=[
+                (target, source, "raw" if isinstance(source, Lun) else shapes[target], f"{name}-{target}")
+                for target, source in sources.items()
+            ],
             luns=[known[lun] for lun in ("lun", *(direct_luns or {}))],
             memory=memory,
         )
@@ -203,6 +210,16 @@ class Lab:
         for target, size in extra.items():
             subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", paths[target], str(size)], check=True)
         return paths
+
+    def _in_format(self, name: str, target: str, paths: dict[str, Path], form: str) -> Path | Lun:
+        """The image of a virtual disk, converted; ``paths`` is told where it lies now."""
+        if form == "qcow2":
+            return paths[target]
+        old = paths[target]
+        new = paths[target] = old.with_suffix(f".{'raw' if form == 'iscsi' else form}")
+        subprocess.run(["qemu-img", "convert", "-O", new.suffix[1:], str(old), str(new)], check=True)
+        old.unlink()
+        return self.iscsi.create_lun(f"{name}-{target}", source=new) if form == "iscsi" else new
 
     def _luns(self, name: str, inside: Mapping[str, int], direct: Mapping[str, int]) -> dict[str, Lun]:
         """LUNs of a new guest by name: those of its own initiator in one target, those that QEMU passes in another."""
