@@ -162,6 +162,14 @@ class ChangesConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class VirtualDisksConfig:
+    """How the hypervisor's snapshot of virtual disks is made: ``external`` (an overlay file beside each image),
+    ``fleece`` (a backup job that QEMU serves them from), or ``auto``: overlays wherever there are files."""
+
+    t2: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
 class ScratchConfig:
     """The scratch disk that holds a guest's COW stores: a thin image in ``directory``, where QEMU must get in.
 
@@ -201,6 +209,7 @@ class Config:
     jobs: JobsConfig = field(default_factory=JobsConfig)
     changes: ChangesConfig = field(default_factory=ChangesConfig)
     machines: Mapping[str, MachineConfig] = field(default_factory=dict)
+    virtual_disks: VirtualDisksConfig = field(default_factory=VirtualDisksConfig)
     encryption: EncryptionConfig = field(default_factory=EncryptionConfig)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     cache_directory: Path = DEFAULT_CACHE
@@ -401,6 +410,7 @@ _KEYS: dict[str, Callable[[object], object]] = {
     "changes.bitmaps": _flag,
     "changes.hashing": _flag,
     "changes.audit": _audit,
+    "virtual_disks.t2": _one_of("auto", "external", "fleece"),
     "scratch.directory": _path,
     "scratch.share": _share,
     "scratch.size": size,
@@ -509,6 +519,7 @@ def _build(values: Mapping[str, object]) -> Config:
         bus=BusConfig(**section("bus")),  # type: ignore[arg-type]
         jobs=JobsConfig(**section("jobs")),  # type: ignore[arg-type]
         changes=ChangesConfig(**section("changes")),  # type: ignore[arg-type]
+        virtual_disks=VirtualDisksConfig(**section("virtual_disks")),  # type: ignore[arg-type]
     )
 
 

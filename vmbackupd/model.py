@@ -23,6 +23,15 @@ class Method(StrEnum):
     IMPORT = "import"
 
 
+class T2(StrEnum):
+    """How the hypervisor holds a virtual disk still: an overlay file takes the guest's writes and is committed later,
+    or QEMU serves the disk and copies away what the guest overwrites. ``AUTO`` is a wish: what suits the disk."""
+
+    AUTO = "auto"
+    EXTERNAL = "external"
+    FLEECE = "fleece"
+
+
 class Change(StrEnum):
     """How a backup found out what it had to read of a disk: everything, what a tracker in the guest or QEMU's dirty
     bitmap marked, what two states of a thin pool tell, or what differed by hashes that the guest computed."""

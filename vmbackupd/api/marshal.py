@@ -23,7 +23,7 @@ from vmbackupd.job.options import (
     ServeOptions,
     VerifyOptions,
 )
-from vmbackupd.model import RevertMode
+from vmbackupd.model import T2, RevertMode
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,22 +34,26 @@ class Option:
     convert: Callable[[Any], object]
 
 
-def _revert(value: str) -> RevertMode:
-    try:
-        return RevertMode(value)
-    except ValueError:
-        known = ", ".join(mode.value for mode in RevertMode)
-        raise InvalidArgument(f"option revert: {value!r} is none of {known}") from None
+def _word(option: str, words: type[StrEnum]) -> Option:
+    """A text that is one of the values of ``words``."""
+    def convert(value: str) -> StrEnum:
+        try:
+            return words(value)
+        except ValueError:
+            raise InvalidArgument(f"option {option}: {value!r} is none of {', '.join(words)}") from None
+
+    return Option(("s",), convert)
 
 
 _TEXT = Option(("s",), str)
 _FLAG = Option(("b",), bool)
 _NUMBER = Option(("d", "u", "i", "t", "x"), float)
 _COUNT = Option(("u", "t"), int)
-_REVERT = Option(("s",), _revert)
+_REVERT = _word("revert", RevertMode)
 _DESCRIPTOR = Option(("h",), int)
 
-BACKUP_OPTIONS = {"revert": _REVERT, "allow_uncovered": Option(("as",), tuple), "freeze_budget": _NUMBER, "full": _FLAG}
+BACKUP_OPTIONS = {"revert": _REVERT, "allow_uncovered": Option(("as",), tuple), "freeze_budget": _NUMBER, "full": _FLAG,
+                  "t2": _word("t2", T2)}
 RESTORE_OPTIONS = {"name": _TEXT, "directory": _TEXT, "volumes": Option(("a{ss}",), dict), "dry_run": _FLAG,
                    "force": _FLAG, "start": _FLAG, "revert": _REVERT, "in_place": _FLAG}
 FORGET_OPTIONS = {"dry_run": _FLAG}

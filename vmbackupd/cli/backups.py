@@ -29,6 +29,8 @@ def register(subcommands: Subcommands) -> None:
     parser.add_argument("--freeze-budget", metavar="SECONDS", type=seconds,
                         help="the longest the guest may be frozen; a backup that needs longer fails")
     parser.add_argument("--full", action="store_true", help="read every disk whole, also where the changes are known")
+    parser.add_argument("--t2", choices=["auto", "external", "fleece"],
+                        help="how the hypervisor holds virtual disks still: overlay files, or served by QEMU")
     add_wait(parser)
     parser = add_command(subcommands, "list", list_backups, "list backups, oldest first")
     parser.add_argument("vm", metavar="VM", nargs="?", default="")
@@ -48,6 +50,8 @@ async def backup(session: Session) -> int:
         options["freeze_budget"] = number_option(args.freeze_budget)
     if args.full:
         options["full"] = flag_option(True)
+    if args.t2 is not None:
+        options["t2"] = text_option(args.t2)
     watch = await session.client.start("Backup", "s", args.vm, options=options)
     return await run_job(session, watch, _describe_backup)
 

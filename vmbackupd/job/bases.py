@@ -31,6 +31,14 @@ class Base:
     token: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What the image of a disk begins as: that of an earlier backup, or (None) nothing, and ``reason`` says why."""
+
+    base: Base | None
+    reason: str = ""
+
+
 class Bases:
     """The newest backups of one VM, for one writer. Blocking: for a thread."""
 

@@ -13,15 +13,15 @@ from vmbackupd.errors import SnapshotLost
 from vmbackupd.guest.client import GuestHelper
 from vmbackupd.guest.report import GuestReport
 from vmbackupd.host.udev import UdevWatch
-from vmbackupd.hypervisor.base import DomainInfo, Hypervisor
+from vmbackupd.hypervisor.base import DomainInfo, FleeceExport, Hypervisor
 from vmbackupd.hypervisor.storage_daemon import StorageDaemon
 from vmbackupd.job import undo
-from vmbackupd.job.bases import Bases
+from vmbackupd.job.bases import Bases, Start
 from vmbackupd.job.coverage import Coverage, DiskPlan
 from vmbackupd.job.journal import Entry, Journal
 from vmbackupd.job.observer import JobObserver
 from vmbackupd.job.options import BackupOptions
-from vmbackupd.model import ChangeRecord, VolumeMap
+from vmbackupd.model import T2, ChangeRecord, VolumeMap
 from vmbackupd.repository import RepositoryWriter
 from vmbackupd.repository.manifest import Manifest
 
@@ -69,6 +69,8 @@ class BackupContext:
     data_socket: str = ""
     volume_maps: tuple[VolumeMap, ...] = ()
     # T1
+    starts: dict[str, Start] = field(default_factory=dict)
+    recorded: set[str] = field(default_factory=set)
     t1: float = 0.0
     freeze_ms: float = 0.0
     suspend_ms: float = 0.0
@@ -80,8 +82,14 @@ class BackupContext:
     config_blobs: dict[str, str] = field(default_factory=dict)
     # T2
     t2: float = 0.0
+    fleece: dict[str, FleeceExport] = field(default_factory=dict)
     manifest: Manifest | None = None
     entries: dict[str, Entry] = field(default_factory=dict)
+
+    @property
+    def t2_wish(self) -> T2:
+        """The kind of the second snapshot that is asked for."""
+        return self.options.t2 or T2(self.config.virtual_disks.t2)
 
     @property
     def helper(self) -> GuestHelper:

@@ -14,7 +14,8 @@ from vmbackupd.guest import topology
 from vmbackupd.guest.report import GuestDevice, GuestReport
 from vmbackupd.host.udev import HostDevice, normalise_wwn
 from vmbackupd.hypervisor.base import DiskSource, DomainDisk, DomainInfo
-from vmbackupd.model import CoverageRecord, Method, VolumeKind
+from vmbackupd.job import second_snapshot
+from vmbackupd.model import T2, CoverageRecord, Method, VolumeKind
 
 CAPTURED, EXCLUDED, UNCOVERED, ALLOWED = "captured", "excluded", "uncovered", "allowed"
 
@@ -29,7 +30,8 @@ SNAPSHOT_FORMATS = ("qcow2", "raw", "vmdk", "vpc", "vdi", "vhdx")
 
 @dataclass(frozen=True, slots=True)
 class DiskPlan:
-    """A disk that is captured. ``devno`` is the guest's number of it, ``target`` libvirt's name where it has one."""
+    """A disk that is captured. ``devno`` is the guest's number of it, ``target`` libvirt's name where it has one,
+    ``t2`` (never ``AUTO``) how the hypervisor holds a virtual disk still."""
 
     id: str
     kind: VolumeKind
@@ -39,6 +41,7 @@ class DiskPlan:
     target: str | None
     source: DiskSource | None
     details: dict[str, object] = field(default_factory=dict, hash=False)
+    t2: T2 = T2.EXTERNAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +71,14 @@ class Coverage:
 
 
 def decide(
-    domain: DomainInfo, report: GuestReport, luns: Sequence[HostDevice] = (), own: str | None = None
+    domain: DomainInfo,
+    report: GuestReport,
+    luns: Sequence[HostDevice] = (),
+    own: str | None = None,
+    t2: T2 = T2.AUTO,
 ) -> Coverage:
-    """Decide for every disk of ``domain`` and of its guest; ``own`` is a job whose devices are to be passed over."""
+    """Decide for every disk of ``domain`` and of its guest; ``own`` is a job whose devices are to be passed over,
+    ``t2`` the kind of hypervisor snapshot that is wished for."""
     disks = [device for device in report.devices if device.type == "disk" and not _ours(device, own)]
     matched = _match(
         [
@@ -96,7 +104,7 @@ def decide(
                 continue
             joined.add(head.devno)
             device = replace(device, name=head.dm.name, devno=head.devno)  # read through all of its paths
-        item, plan = _decide_one(report, device, disk, luns, plans)
+        item, plan = _decide_one(report, device, disk, luns, plans, t2)
         items.append(item)
         plans += [plan] if plan else []
     items += [
@@ -106,6 +114,7 @@ def decide(
         for device in report.devices
         if device.type in VOLATILE and device.size and not device.parent
     ]
+    items, plans = second_snapshot.settle(items, plans, t2)
     return Coverage(tuple(items), tuple(plans), _volumes(report, plans))
 
 
@@ -115,11 +124,12 @@ def _decide_one(
     disk: DomainDisk | None,
     luns: Sequence[HostDevice],
     plans: Sequence[DiskPlan],
+    t2: T2,
 ) -> tuple[CoverageRecord, DiskPlan | None]:
     """A disk of the guest, of the domain, or of both; ``plans`` are those of the disks before it."""
     if device is None or (disk is not None and disk.device != "lun"):
         assert disk is not None
-        return _virtual(report, device, disk)
+        return _virtual(report, device, disk, t2)
     twin = next((plan for plan in plans if disk is None and plan.id == _identity(device)), None)
     if twin is not None:
         reason = f"it is {twin.details['guest_name']} again, over another path: let multipathd join them, or log out"
@@ -183,7 +193,7 @@ def _match(disks: Iterable[DomainDisk], devices: Sequence[GuestDevice]) -> dict[
 
 
 def _virtual(
-    report: GuestReport, device: GuestDevice | None, disk: DomainDisk
+    report: GuestReport, device: GuestDevice | None, disk: DomainDisk, t2: T2
 ) -> tuple[CoverageRecord, DiskPlan | None]:
     """A disk of QEMU's block layer (or a ``lun`` the guest has not attached, which nobody can read)."""
     name = f"{disk.target}{f' = {device.name}' if device else ''}"
@@ -201,7 +211,7 @@ def _virtual(
             None,
             "the guest does not see this SCSI LUN, so it cannot be snapshotted there; load its driver or detach it",
         ), None
-    why_not = _why_no_hypervisor_snapshot(disk)
+    why_not = _why_no_hypervisor_snapshot(disk, t2)
     if why_not:
         return item(UNCOVERED, None, why_not), None
     if device is not None and disk.size is not None and device.size != disk.size:
@@ -227,13 +237,14 @@ def _virtual(
     )
 
 
-def _why_no_hypervisor_snapshot(disk: DomainDisk) -> str | None:
+def _why_no_hypervisor_snapshot(disk: DomainDisk, t2: T2) -> str | None:
     source = disk.source
     if source is None:
         return "the disk has no source"
-    if source.kind not in ("file", "block") or source.path is None:
+    if t2 is T2.EXTERNAL and not second_snapshot.overlay_fits(source):
         return (
-            f"its source is {source.kind} ({source.protocol or 'no path'}): images in files and block devices are read"
+            f"its source is {source.kind} ({source.protocol or 'no path'}), where no overlay file can lie: let QEMU "
+            "serve it (--t2=fleece)"
         )
     if source.format not in SNAPSHOT_FORMATS:
         return f"its format {source.format} cannot be snapshotted by QEMU"

@@ -7,18 +7,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from vmbackupd.errors import InvalidArgument
-from vmbackupd.model import RevertMode
+from vmbackupd.model import T2, RevertMode
 
 
 @dataclass(frozen=True, slots=True)
 class BackupOptions:
     """``allow_uncovered`` names volumes that may stay out of the backup; ``freeze_budget`` is in seconds, None takes
-    the configured one; ``full`` reads every disk whole, whatever is known of it."""
+    the configured one; ``full`` reads every disk whole, whatever is known of it; ``t2`` None takes the configured
+    kind of the second snapshot."""
 
     revert: RevertMode = RevertMode.BACKUP
     allow_uncovered: tuple[str, ...] = ()
     freeze_budget: float | None = None
     full: bool = False
+    t2: T2 | None = None
 
     def __post_init__(self) -> None:
         budget = self.freeze_budget

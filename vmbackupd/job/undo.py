@@ -10,7 +10,7 @@ import asyncio
 import errno
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -122,6 +122,15 @@ async def detach_scratch(ctx: UndoContext, args: dict[str, str]) -> None:
     await ctx.hypervisor.detach_scratch(ctx.uuid, args["path"])
 
 
+async def end_fleece(ctx: UndoContext, args: dict[str, str]) -> None:
+    await ctx.hypervisor.end_fleece(ctx.uuid)
+
+
+async def drop_bitmaps(ctx: UndoContext, args: dict[str, str]) -> None:
+    with suppress(NotFound):  # with the VM libvirt forgot its checkpoints
+        await ctx.hypervisor.drop_bitmaps(ctx.uuid, args["name"])
+
+
 async def drop_overlay(ctx: UndoContext, args: dict[str, str]) -> None:
     await ctx.hypervisor.drop_overlay(ctx.uuid, args["path"], ctx.progress)
 
@@ -162,8 +171,16 @@ LIVE: dict[str, Undo] = {
     "stop_helper": stop_helper,
     "detach_channel": detach_channel,
     "detach_scratch": detach_scratch,
+    "end_fleece": end_fleece,
 }
-UNDO: dict[str, Undo] = {**LIVE, "drop_overlay": drop_overlay, "unlink": unlink, "rmdir": rmdir, "undefine": undefine}
+UNDO: dict[str, Undo] = {
+    **LIVE,
+    "drop_overlay": drop_overlay,
+    "drop_bitmaps": drop_bitmaps,
+    "unlink": unlink,
+    "rmdir": rmdir,
+    "undefine": undefine,
+}
 
 
 async def undo_one(ctx: UndoContext, journal: Journal, entry: Entry) -> None:
@@ -177,15 +194,19 @@ async def undo_one(ctx: UndoContext, journal: Journal, entry: Entry) -> None:
     journal.done(entry)
 
 
-async def unwind(ctx: UndoContext, journal: Journal, only: str | None = None) -> Unwound:
-    """Undo everything pending (or all undos called ``only``): thaw first, then newest first.
+async def unwind(
+    ctx: UndoContext, journal: Journal, only: str | None = None, keep: Collection[Entry] = ()
+) -> Unwound:
+    """Undo everything pending (or all undos called ``only``) but ``keep``: thaw first, then newest first.
 
     A failed undo stays in the journal and stops none of the others, save those that depend on it: an image that a disk
     still uses is not deleted.
     """
     result = Unwound()
     ordered = [
-        entry for entry in sorted(journal.pending, key=lambda entry: entry.undo != "thaw") if only in (None, entry.undo)
+        entry
+        for entry in sorted(journal.pending, key=lambda entry: entry.undo != "thaw")
+        if only in (None, entry.undo) and entry not in keep
     ]
     in_use: set[str] = set()
     for entry in ordered:

@@ -149,7 +149,8 @@ def test_a_failed_job_tells_its_error(address: str, vm: str, code: str, text: st
 
 
 @pytest.mark.parametrize(("member", "arguments", "options", "words"), [
-    ("Backup", ("web",), {"revrt": Variant("s", "backup")}, ["'revrt'", "allow_uncovered, freeze_budget, revert"]),
+    ("Backup", ("web",), {"revrt": Variant("s", "backup")},
+     ["'revrt'", "allow_uncovered, freeze_budget, full, revert, t2"]),
     ("Backup", ("web",), {"revert": Variant("b", True)}, ["revert", "'b'", "'s'"]),
     ("Backup", ("web",), {"revert": Variant("s", "never")}, ["'never'", "backup, restore, both"]),
     ("Backup", ("web",), {"freeze_budget": Variant("d", -1.0)}, ["freeze_budget", "above zero"]),

@@ -10,7 +10,7 @@ from vmbackupd.guest.report import GuestReport, parse_report
 from vmbackupd.host.udev import HostDevice
 from vmbackupd.hypervisor.base import DiskSource, DomainDisk, DomainInfo, GuestAddress
 from vmbackupd.job import coverage
-from vmbackupd.model import Method, VolumeKind
+from vmbackupd.model import T2, Method, VolumeKind
 
 GiB = 1 << 30
 ROOT = [{"path": "/", "fstype": "ext4", "options": "rw"}]
@@ -161,12 +161,54 @@ def test_what_needs_no_capture_is_excluded_with_its_reason() -> None:
 @pytest.mark.parametrize(("change", "reason"), [
     ({"read_only": True}, "read-only"),
     ({"shareable": True}, "shared"),
-    ({"source": DiskSource("network", "raw", protocol="rbd", name="pool/x")}, "network"),
     ({"size": 2 * GiB}, "rescan"),
 ])  # fmt: skip
 def test_a_virtual_disk_that_cannot_be_snapshotted_is_uncovered(change: dict[str, Any], reason: str) -> None:
     found = coverage.decide(domain(disk("vda", "0000:01:00.0", **change)), report(PLAIN_ROOT))
     assert found.items[0].decision == "uncovered" and reason in found.items[0].reason
+
+
+RBD = DiskSource("network", "raw", protocol="rbd", name="pool/x")
+
+
+def kinds(wish: T2, root: DiskSource | None = None, data: DiskSource | None = None) -> dict[str, tuple[object, ...]]:
+    """Of a plain root and a disk with LVM, on files or elsewhere: when each is captured, and how."""
+    changed = [{} if source is None else {"source": source} for source in (root, data)]
+    found = coverage.decide(
+        domain(disk("vda", "0000:01:00.0", **changed[0]), disk("vdb", "0000:02:00.0", **changed[1])),
+        report(PLAIN_ROOT, DATA_DISK, DATA_LV), t2=wish,
+    )
+    assert {item.id: item.method for item in found.items} == {plan.id: plan.method for plan in found.plans}
+    assert {plan.details["t2"] for plan in found.plans} == {plan.t2 for plan in found.plans}
+    return {plan.id: (plan.method, plan.t2) for plan in found.plans}
+
+
+WINDOW, LATER = Method.FREEZE_WINDOW, Method.GUEST_SNAPSHOT
+
+
+def test_files_get_overlays() -> None:
+    for wish in (T2.AUTO, T2.EXTERNAL):
+        assert kinds(wish) == {"vda": (WINDOW, T2.EXTERNAL), "vdb": (LATER, T2.EXTERNAL)}
+
+
+def test_a_disk_without_a_file_that_is_captured_at_t2_takes_its_group_along() -> None:
+    assert kinds(T2.AUTO, data=RBD) == {"vda": (WINDOW, T2.EXTERNAL), "vdb": (LATER, T2.FLEECE)}
+
+
+def test_one_that_is_served_inside_the_freeze_leaves_no_snapshot_for_later() -> None:
+    assert kinds(T2.AUTO, root=RBD) == {"vda": (WINDOW, T2.FLEECE), "vdb": (WINDOW, T2.FLEECE)}
+
+
+def test_fleece_is_for_what_is_cut_last() -> None:
+    """libvirt makes no snapshot while its backup job runs."""
+    assert kinds(T2.FLEECE) == {"vda": (WINDOW, T2.EXTERNAL), "vdb": (LATER, T2.FLEECE)}
+    alone = coverage.decide(domain(disk("vda", "0000:01:00.0")), report(PLAIN_ROOT), t2=T2.FLEECE)
+    assert [plan.t2 for plan in alone.plans] == [T2.FLEECE]
+
+
+def test_who_insists_on_overlays_cannot_have_a_disk_without_a_file() -> None:
+    found = coverage.decide(domain(disk("vda", "0000:01:00.0", source=RBD)), report(PLAIN_ROOT), t2=T2.EXTERNAL)
+    assert found.items[0].decision == "uncovered" and "--t2=fleece" in found.items[0].reason
 
 
 def test_changes_between_two_looks_are_told_and_our_own_devices_are_none() -> None:

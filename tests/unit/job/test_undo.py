@@ -51,6 +51,13 @@ def test_thaw_is_first_then_newest_first(ctx: Recorder, journal: Journal) -> Non
     assert not unwound.failed and not journal.pending
 
 
+def test_what_is_to_be_kept_stays_in_the_journal(ctx: Recorder, journal: Journal) -> None:
+    recording = journal.record("drop_bitmaps", name="vmbackupd-j00000001")
+    unwound = asyncio.run(undo.unwind(ctx, journal, keep=[recording]))
+    assert not unwound.failed and journal.pending == [recording]
+    assert "drop_bitmaps vmbackupd-j00000001" not in ctx.asked
+
+
 def test_a_failure_stays_in_the_journal_and_stops_nothing_else(ctx: Recorder, journal: Journal) -> None:
     ctx.failing["drop_overlay"] = HypervisorError("busy")
     unwound = asyncio.run(undo.unwind(ctx, journal))

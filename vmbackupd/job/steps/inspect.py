@@ -36,7 +36,7 @@ async def look(ctx: BackupContext) -> None:
     await _start_helper(ctx)
     await reach("inspect:helper")
     ctx.report = await ctx.helper.probe()
-    ctx.coverage = coverage.decide(ctx.domain, ctx.report, host_luns())
+    ctx.coverage = coverage.decide(ctx.domain, ctx.report, host_luns(), t2=ctx.t2_wish)
 
 
 async def _start_helper(ctx: BackupContext) -> None:

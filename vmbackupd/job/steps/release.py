@@ -13,7 +13,8 @@ async def run(ctx: BackupContext) -> None:
     Raises ``HypervisorError`` naming what is left behind; it stays in the journal for a later recovery.
     """
     await ctx.close_storage()
-    unwound = await uninterrupted(undo.unwind(ctx.undo, ctx.journal))
+    recording = [ctx.entries["bitmaps"]] if "bitmaps" in ctx.entries else []  # stays if the backup is published
+    unwound = await uninterrupted(undo.unwind(ctx.undo, ctx.journal, keep=recording))
     for name, failure in unwound.failed:
         raise HypervisorError(
             f"VM {ctx.vm}: {name} could not be undone: {failure}; run vmbackupctl recover"

@@ -6,6 +6,7 @@ import asyncio
 import time
 
 import vmbackupd
+from vmbackupd.job import bitmaps
 from vmbackupd.job.context import BackupContext, Captured
 from vmbackupd.model import Consistency, Method, RevertMode, VolumeRecord
 from vmbackupd.repository.manifest import Manifest, StoreRecord, VmIdentity
@@ -17,6 +18,7 @@ async def run(ctx: BackupContext) -> None:
     manifest = make_manifest(ctx)
     await ctx.uninterrupted(asyncio.to_thread(ctx.writer.publish, manifest))
     ctx.manifest = manifest
+    await bitmaps.settle(ctx)
 
 
 def make_manifest(ctx: BackupContext) -> Manifest:

@@ -16,11 +16,11 @@ from typing import TypeVar
 
 from vmbackupd.errors import BackupError, FreezeBudgetExceeded, TopologyChanged
 from vmbackupd.host.udev import host_luns
-from vmbackupd.job import coverage, overlays
+from vmbackupd.job import bitmaps, coverage, fleecing, overlays
 from vmbackupd.job.context import BackupContext, uninterrupted
 from vmbackupd.job.faultpoints import reach
 from vmbackupd.job.snapshots import require_valid
-from vmbackupd.model import Method
+from vmbackupd.model import T2, Method
 
 T = TypeVar("T")
 
@@ -55,9 +55,12 @@ async def run(ctx: BackupContext) -> None:
     assert ctx.coverage is not None
     await _require_same_devices(ctx)
     window = [plan for plan in ctx.coverage.plans if plan.method is Method.FREEZE_WINDOW]
-    paths = await overlays.prepare(ctx, window)
+    await bitmaps.begin(ctx)
+    await reach("t1-snapshot:recording")
+    paths = await overlays.prepare(ctx, [plan for plan in window if plan.t2 is T2.EXTERNAL])
+    served = fleecing.prepare(ctx, [plan for plan in window if plan.t2 is T2.FLEECE])
     await reach("t1-snapshot:prepared")
-    await uninterrupted(_frozen_section(ctx, paths))
+    await uninterrupted(_frozen_section(ctx, paths, served))
     await reach("t1-snapshot:thawed")
     if ctx.coverage.volumes:
         require_valid(ctx, await ctx.helper.status())
@@ -68,7 +71,8 @@ async def _require_same_devices(ctx: BackupContext) -> None:
     assert ctx.report is not None and ctx.coverage is not None
     domain = await ctx.hypervisor.domain(ctx.domain.uuid)
     report = await ctx.helper.probe()
-    now = coverage.allow(coverage.decide(domain, report, host_luns(), own=ctx.job), ctx.options.allow_uncovered)
+    decided = coverage.decide(domain, report, host_luns(), own=ctx.job, t2=ctx.t2_wish)
+    now = coverage.allow(decided, ctx.options.allow_uncovered)
     differing = coverage.difference(ctx.coverage, now) or _host_change(ctx)
     if report.boot_id != ctx.report.boot_id:
         differing = "the guest was rebooted"
@@ -87,7 +91,7 @@ def _host_change(ctx: BackupContext) -> str | None:
     return None
 
 
-async def _frozen_section(ctx: BackupContext, paths: dict[str, str]) -> None:
+async def _frozen_section(ctx: BackupContext, paths: dict[str, str], served: dict[str, str]) -> None:
     """Freeze, snapshot, thaw, whatever happens between; not to be interrupted: a cancellation waits for the thaw."""
     budget = ctx.options.freeze_budget or ctx.config.guest.freeze_budget
     await ctx.helper.arm(budget + DEADMAN_MARGIN)
@@ -95,7 +99,7 @@ async def _frozen_section(ctx: BackupContext, paths: dict[str, str]) -> None:
     freeze = _Freeze(budget)
     failure: BaseException | None = None
     try:
-        await _snapshot_frozen(ctx, freeze, paths)
+        await _snapshot_frozen(ctx, freeze, paths, served)
     except BaseException as error:
         failure = error
     try:
@@ -119,8 +123,11 @@ async def _frozen_section(ctx: BackupContext, paths: dict[str, str]) -> None:
         )
 
 
-async def _snapshot_frozen(ctx: BackupContext, freeze: _Freeze, paths: dict[str, str]) -> None:
-    """What happens between freeze and thaw. Raises ``TimeoutError`` past the budget."""
+async def _snapshot_frozen(
+    ctx: BackupContext, freeze: _Freeze, paths: dict[str, str], served: dict[str, str]
+) -> None:
+    """What happens between freeze and thaw: ``paths`` are overlays, ``served`` scratch images, by target. Raises
+    ``TimeoutError`` past the budget."""
     assert ctx.coverage is not None
     frozen = await freeze.within(ctx.agent("guest-fsfreeze-freeze"))
     ctx.frozen_filesystems = frozen if isinstance(frozen, int) else 0
@@ -132,3 +139,5 @@ async def _snapshot_frozen(ctx: BackupContext, freeze: _Freeze, paths: dict[str,
     await freeze.within(reach("t1-snapshot:snapped"))
     if paths:
         await freeze.within(ctx.hypervisor.snapshot(ctx.domain.uuid, paths))
+    if served:
+        await freeze.within(fleecing.begin(ctx, served))
