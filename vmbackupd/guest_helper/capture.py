@@ -14,9 +14,7 @@ from . import memory
 from .bitmaps import CHUNK, Run, chunks_of, length, mark, runs
 from .failures import HelperError
 from .image import PIECE, Image, Source
-
-Marked = Callable[[str], List[Run]]
-"""Asked for a disk, tells the chunks that were marked since it was asked before."""
+from .tracker import Trackers
 
 
 class CapturedDisk(Source):
@@ -32,6 +30,11 @@ class CapturedDisk(Source):
         self._image, self._store = image, store
         self._live = _chunks(image.live())
         self._ends = [end for _, end in self._live]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether snapshots show some of it."""
+        return sum(end - start for start, end in self._image.live()) < self.size
 
     def uncovered(self, spans: List[Run]) -> List[Run]:
         """What of the spans does not lie in snapshots as a whole."""
@@ -106,40 +109,52 @@ class Capture:
         """Bytes that can be taken."""
         return self._slots * CHUNK
 
-    def take(self, marked: Marked, deadline: float) -> Dict[str, Any]:
-        """Capture the disks; the filesystems are to be frozen. ``deadline`` is monotonic time.
+    def take(self, trackers: Trackers, deadline: float) -> Dict[str, Any]:
+        """Capture the disks; the filesystems are to be frozen, T1 of the trackers taken. ``deadline`` is monotonic
+        time.
 
         Raises ``HelperError``: ``TooMuch`` for the memory, ``NotStill`` when the deadline came first.
         """
-        passes, self.taken = 0, False
+        passes, self.taken = 1, False
+        later: Dict[str, List[Run]] = {device: [] for device in self.disks}
         with memory.Still():
-            while True:
-                passes += 1
-                found = {device: marked(device) for device in self.disks}
-                if not any(found.values()):
-                    break
-                self._require_room(found)
-                for device, spans in found.items():
+            wanted = self._wanted(trackers.marked(self.disks))
+            while any(wanted.values()):
+                self._require_room(wanted)
+                for device, spans in wanted.items():
                     self._read(self.disks[device], spans, deadline)
+                found = trackers.marked(self.disks)
+                wanted = self._wanted(found)
+                for device, spans in found.items():
+                    later[device] += spans
+                passes += 1
+            for device, disk in self.disks.items():
+                if disk.mixed:  # the T1 of what lies in snapshots came before these marks
+                    trackers.again(device, later[device])
             t1 = time.time()
         self.taken = True
         return {"t1": t1, "passes": passes, "disks": [_shown(disk) for disk in self.disks.values()]}
 
-    def _require_room(self, found: Dict[str, List[Run]]) -> None:
-        wanted = [(self.disks[device], run) for device in found for run in self.disks[device].uncovered(found[device])]
+    def _wanted(self, found: Dict[str, List[Run]]) -> Dict[str, List[Run]]:
+        """What is to be read of each disk, of what was marked."""
+        for device, spans in found.items():
+            for first, end in spans:
+                mark(self.disks[device].rest, first, end)
+        return {device: self.disks[device].uncovered(spans) for device, spans in found.items()}
+
+    def _require_room(self, wanted: Dict[str, List[Run]]) -> None:
         free = self._slots - self._used
-        for disk, (first, end) in wanted:
-            for chunk in range(first, end):
-                free -= chunk not in disk.slots
+        for device, spans in wanted.items():
+            slots = self.disks[device].slots
+            for chunk in (chunk for first, end in spans for chunk in range(first, end)):
+                free -= chunk not in slots
                 if free < 0:
-                    size = sum(over - start for _, (start, over) in wanted) * CHUNK
+                    size = sum(end - first for spans in wanted.values() for first, end in spans) * CHUNK
                     message = "%d bytes are still to be taken, with memory for %d" % (size, self.limit)
                     raise HelperError("TooMuch", message)
 
     def _read(self, disk: CapturedDisk, spans: List[Run], deadline: float) -> None:
         for first, end in spans:
-            mark(disk.rest, first, end)
-        for first, end in disk.uncovered(spans):
             for start in range(first, end, PIECE // CHUNK):
                 if time.monotonic() > deadline:
                     raise HelperError("NotStill", "%s could not be captured in the time for it" % disk.device)

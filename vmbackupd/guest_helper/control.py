@@ -205,7 +205,7 @@ class Control:
         watchdog.require(self._guard)
         if self._snapshot is None:
             self._trackers.flip()
-        captured = self._capture.take(self._trackers.marked, deadline)
+        captured = self._capture.take(self._trackers, deadline)
         watchdog.require(self._guard)
         return captured
 

@@ -99,6 +99,11 @@ class Marks:
         self._move_groups(side)
         self._memory[side * FLAGS : (side + 1) * FLAGS] = bytes(FLAGS)
 
+    def mark(self, side: int, first: int, end: int) -> None:
+        """Mark chunks ``first`` to ``end - 1`` as programs do."""
+        start = self.where.fine + side * self.where.stride
+        self._memory[start + first : start + end] = b"\1" * (end - first)
+
     def _move_groups(self, side: int) -> None:
         coarse, bits = self.where.coarse + side * self.where.stride, b"\xff" * ((1 << GROUP) // 8)
         end = self.where.fine + (side + 1) * self.where.stride

@@ -12,7 +12,7 @@ import fcntl
 import os
 import resource
 import time
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterable, List, Optional
 
 from . import bpf, tracked
 from .bitmaps import Run, runs
@@ -45,7 +45,7 @@ class Trackers:
         self._disks: Dict[str, Tracked] = {}
         self._taken = False
         self._sealed = False
-        self._late: List[str] = []
+        self._late = False
         self._collected: Dict[str, float] = {}
 
     def track(self, params: Params) -> Dict[str, Any]:
@@ -88,27 +88,28 @@ class Trackers:
             self._turn()
         return self._give(device, disk)
 
-    def recollect(self, device: str) -> int:
-        """The same for a disk whose T1 comes later than that of the others: after T1, up to now from the second time
-        on. Nothing of the others is moved."""
-        disk = self._disk(device)
+    def marked(self, devices: Iterable[str]) -> Dict[str, List[Run]]:
+        """For disks whose T1 comes later than that of the others: what was marked on each, first up to T1, from the
+        second time on since the time before, up to one moment for all. Nothing of other disks is moved."""
+        late = {device: self._disk(device) for device in devices}
         if not self._taken:
             raise HelperError("WrongState", "T1 was not taken")
-        if device not in self._late:
+        if not self._late:
             self._seal()
-            self._late.append(device)
+            self._late = True
         else:
             self._side.value ^= 1
             bpf.wait_for_programs()
-            for other in self._late:  # of each all that is on a side when it falls still, or the next flip mixes it up
-                self._disks[other].move(self._side.value ^ 1)
-        return self._give(device, disk)
+            for disk in late.values():
+                disk.move(self._side.value ^ 1)
+        for device, disk in late.items():
+            self._give(device, disk)
+        return {device: list(runs(disk.marks.fresh, disk.marks.where.chunks)) for device, disk in late.items()}
 
-    def marked(self, device: str) -> List[Run]:
-        """What ``recollect`` finds."""
-        self.recollect(device)
-        marks = self._disk(device).marks
-        return list(runs(marks.fresh, marks.where.chunks))
+    def again(self, device: str, spans: Iterable[Run]) -> None:
+        """These chunks count as changed after T1 too, though they were collected."""
+        for first, end in spans:
+            self._disk(device).marks.mark(self._side.value, first, end)
 
     def changed(self, device: str) -> Optional[memoryview]:
         """The bitmap of what was collected since the generation; None for a disk that is not tracked."""
@@ -160,8 +161,8 @@ class Trackers:
         """Leave everything as it is: the programs go on, and what was collected since the generation stays."""
         for disk in self._disks.values():
             disk.close()
-        self._disks, self._collected, self._late = {}, {}, []
-        self._taken = self._sealed = False
+        self._disks, self._collected = {}, {}
+        self._taken = self._sealed = self._late = False
         self._side = ctypes.c_uint32(0)
         for descriptor in (self._switch, self._lock):
             if descriptor >= 0:

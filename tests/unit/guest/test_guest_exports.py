@@ -6,7 +6,7 @@ import hashlib
 import random
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from vmbackupd.guest_helper.failures import HelperError
 from vmbackupd.guest_helper.hashes import Hashes
 from vmbackupd.guest_helper.image import PIECE, Device, Image, Source
 from vmbackupd.guest_helper.stack import Piece
+from vmbackupd.guest_helper.tracker import Trackers
 
 KEY = bytes(range(32))
 
@@ -224,17 +225,22 @@ def test_an_entry_that_is_half_written_is_read_again(tmp_path: Path) -> None:
 # capture
 
 
-class Marks:
-    """Stands in for a tracker: what it says when asked, one answer after the other."""
+class Marks(Trackers):
+    """Stands in for what the kernel marks: the answers of each pass, and what happens before it."""
 
     def __init__(self, *passes: dict[str, list[Run]], meanwhile: Callable[[int], None] = lambda number: None) -> None:
+        super().__init__()
         self.passes, self.asked, self.meanwhile = passes, 0, meanwhile
+        self.marked_again: dict[str, list[Run]] = {}
 
-    def __call__(self, device: str) -> list[Run]:
-        if device == "8:0":
-            self.meanwhile(self.asked)
-            self.asked += 1
-        return self.passes[self.asked - 1].get(device, []) if self.asked <= len(self.passes) else []
+    def marked(self, devices: Iterable[str]) -> dict[str, list[Run]]:
+        self.meanwhile(self.asked)
+        found = self.passes[min(self.asked, len(self.passes) - 1)]
+        self.asked += 1
+        return {device: found.get(device, []) for device in devices}
+
+    def again(self, device: str, runs: Iterable[Run]) -> None:
+        self.marked_again[device] = list(runs)
 
 
 def write(path: Path, at: int, data: bytes) -> None:
@@ -290,6 +296,7 @@ def test_capture(disk: Path, tmp_path: Path) -> None:
         size = min(dice.choice([1, 4096, CHUNK, PIECE]), len(t1) - start)
         assert captured.read(start, size) == expected[start : start + size]
     assert list(runs(captured.rest, chunks_of(len(t1)))) == [(3, 6), (20, 45), (60, 61)]
+    assert marks.marked_again == {}
     capture.close()
 
 
@@ -300,8 +307,11 @@ def test_chunks_in_a_snapshot_need_no_memory(disk: Path, tmp_path: Path) -> None
     overlays = [(Device(str(snap)), [Piece(0, "8:0", 10 * CHUNK, 59 * (CHUNK // 2))])]
     t1 = disk.read_bytes()
     capture = Capture({"8:0": Image(Device(str(disk)), overlays, "8:0")}, 5 * CHUNK)
-    answer = capture.take(Marks({"8:0": [(8, 42)]}), soon())
+    marks = Marks({"8:0": [(8, 42)]}, {"8:0": [(9, 12)]}, {"8:0": [(10, 39)]})
+    answer = capture.take(marks, soon())
     assert answer["disks"] == [{"device": "8:0", "chunks": 34, "bytes": 5 * CHUNK}]
+    assert answer["passes"] == 3, "marks in the volume alone are no reason for another"
+    assert marks.marked_again == {"8:0": [(9, 12), (10, 39)]}, "the volume's T1 was before"
     disk.write_bytes(bytes(len(t1)))
     expected = t1[8 * CHUNK : 10 * CHUNK] + b"s" * 59 * (CHUNK // 2) + t1[79 * (CHUNK // 2) : 42 * CHUNK]
     assert whole(Blocks(capture.disks["8:0"], still=False), 8 * CHUNK, 34 * CHUNK) == expected
@@ -311,7 +321,7 @@ def test_chunks_in_a_snapshot_need_no_memory(disk: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("slots", [4, 5])
 def test_too_much(disk: Path, slots: int) -> None:
     capture = Capture({"8:0": Image(Device(str(disk)))}, slots * CHUNK)
-    marks = Marks({"8:0": [(0, 3)]}, {"8:0": [(1, 5)]})
+    marks = Marks({"8:0": [(0, 3)]}, {"8:0": [(1, 5)]}, {})
     if slots == 5:
         assert capture.take(marks, soon())["disks"] == [{"device": "8:0", "chunks": 5, "bytes": 5 * CHUNK}]
     else:
@@ -324,7 +334,7 @@ def test_too_much(disk: Path, slots: int) -> None:
 def test_never_at_rest(disk: Path) -> None:
     capture = Capture({"8:0": Image(Device(str(disk)))}, 8 * CHUNK)
     with pytest.raises(HelperError) as caught:
-        capture.take(lambda device: [(3, 4)], time.monotonic() + 0.2)
+        capture.take(Marks({"8:0": [(3, 4)]}), time.monotonic() + 0.2)
     assert caught.value.code == "NotStill" and not capture.taken
     capture.close()
 
