@@ -14,7 +14,7 @@ from tests.engine.servers import ENVIRONMENT, nbdkit, qemu_nbd
 from vmbackupd.engine import reference
 from vmbackupd.engine.bitmap import Bitmap
 from vmbackupd.engine.copyloop import copy_in
-from vmbackupd.engine.dirty import dirty_chunks
+from vmbackupd.engine.dirty import data_chunks, dirty_chunks
 from vmbackupd.engine.memory import MemorySink
 from vmbackupd.engine.nbd import NbdConnection
 from vmbackupd.engine.progress import Progress
@@ -77,6 +77,7 @@ def test_a_bitmap_and_the_allocation_on_one_connection(tmp_path: Path) -> None:
     ):
         only = dirty_chunks(disk, CHUNK, Progress())
         assert list(only.runs()) == [(128, 64), (512, 16 + 128)]
+        assert list(data_chunks(disk, CHUNK, Progress()).runs()) == [(0, 16), (128, 64), (512, 16)]
         sink, progress = MemorySink(size, CHUNK), Progress()
         copy_in(disk, sink, progress, only=only)
         assert (progress.bytes_read, progress.zero_bytes) == (5 << 20, 8 << 20)

@@ -11,8 +11,15 @@ import asyncio
 import logging
 from collections.abc import Collection, Mapping
 
+from vmbackupd.engine.audit import AuditSink
+from vmbackupd.engine.bitmap import Bitmap
+from vmbackupd.engine.copyloop import Progress, copy_in
+from vmbackupd.engine.dirty import data_chunks, dirty_chunks
+from vmbackupd.engine.image import ImageSource
+from vmbackupd.engine.nbd import NbdConnection
 from vmbackupd.errors import HypervisorError, NotRunning
 from vmbackupd.hypervisor.base import BITMAP_PREFIX
+from vmbackupd.job.audit import whole
 from vmbackupd.job.bases import Start
 from vmbackupd.job.context import BackupContext
 from vmbackupd.job.coverage import DiskPlan
@@ -71,6 +78,24 @@ async def _start(ctx: BackupContext, plan: DiskPlan, known: Collection[str]) -> 
             return Start(base)
         reason = reason or why_not or "the backup it is recorded since is gone, damaged, or of a disk of another size"
     return Start(None, reason)
+
+
+def changed_since(image: ImageSource, source: NbdConnection, progress: Progress) -> Bitmap:
+    """The chunks of a disk that may differ from ``image``, by the dirty bitmap that ``source`` was opened with.
+    Blocking.
+
+    Of a disk that was made smaller and large again QEMU marks nothing, and it reads as zeros where it was cut: what
+    reads as zeros without having been marked is compared. Raises ``SourceError``, ``RepositoryCorrupt``, ``Cancelled``.
+    """
+    changed = dirty_chunks(source, image.chunk_size, progress)
+    unmarked = whole(changed.length)
+    unmarked.subtract(data_chunks(source, image.chunk_size, progress))
+    unmarked.subtract(changed)
+    cut = AuditSink(image)
+    copy_in(source, cut, Progress(), only=unmarked)
+    for first, count in cut.missed.runs():
+        changed.set(max(0, first - 1), count + min(first, 1))  # the chunk in which it was cut as well
+    return changed
 
 
 async def settle(ctx: BackupContext) -> None:

@@ -91,6 +91,10 @@ class Host:
 
         return start
 
+    def restart_libvirtd(self) -> None:
+        """Kill libvirtd and start it again."""
+        self.stop_libvirtd()()
+
     def _reached(self) -> libvirt.virConnect | None:
         try:
             return libvirt.open(self.uri)
@@ -136,10 +140,24 @@ class Machine:
         os.kill(int(pidfile.read_text()), signal.SIGKILL)
         until(lambda: not self.dom.isActive(), 10, "QEMU is dead")
 
+    def crash(self) -> None:
+        """Kill QEMU and start the domain again."""
+        self.kill()
+        self.dom.create()
+
     def write(self, alias: str, number: int, at: str, length: str) -> None:
         """Write a byte pattern as the guest's device would."""
+        self._io(alias, f"write -P {number} {at} {length}")
+
+    def zero(self, alias: str, at: str, length: str) -> None:
+        self._io(alias, f"write -z {at} {length}")
+
+    def discard(self, alias: str, at: str, length: str) -> None:
+        self._io(alias, f"discard {at} {length}")
+
+    def _io(self, alias: str, words: str) -> None:
         device = f"/machine/peripheral/{alias}" + ("/virtio-backend" if alias.startswith("virtio-") else "")
-        told = libvirt_qemu.qemuMonitorCommand(self.dom, f'qemu-io -d {device} "write -P {number} {at} {length}"',
+        told = libvirt_qemu.qemuMonitorCommand(self.dom, f'qemu-io -d {device} "{words}"',
                                                libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP)
         assert not told, told  # what qemu-io has to say goes to the stdout of QEMU
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from vmbackupd.engine.copyloop import Progress, copy_in
-from vmbackupd.engine.dirty import dirty_chunks
 from vmbackupd.engine.nbd import NbdConnection
 from vmbackupd.errors import HypervisorError, NotRunning, SourceError
 from vmbackupd.hypervisor.base import bitmap_name
@@ -22,7 +21,6 @@ from vmbackupd.job.bases import Start
 from vmbackupd.job.context import BackupContext
 from vmbackupd.job.coverage import DiskPlan
 from vmbackupd.job.faultpoints import reach
-from vmbackupd.job.hashes import CHUNK
 from vmbackupd.model import T2, Change, ChangeRecord, Method
 from vmbackupd.units import MiB
 
@@ -74,11 +72,12 @@ async def _back_up(ctx: BackupContext, plan: DiskPlan) -> None:
 
 async def _begin(ctx: BackupContext, plan: DiskPlan, source: NbdConnection, start: Start) -> reading.Reading:
     """What is to be read: the chunks that the bitmap marks, or everything."""
+    assert ctx.writer is not None
     token = bitmaps.checkpoint(ctx) if plan.id in ctx.recorded else None
     if start.base is None:
         return reading.start(ctx, plan, None, None, ChangeRecord(reason=start.reason, token=token))
-    progress = Progress()
-    changed = await ctx.engine(progress, lambda: dirty_chunks(source, CHUNK, progress))
+    progress, image = Progress(), ctx.writer.source(start.base.tree)
+    changed = await ctx.engine(progress, lambda: bitmaps.changed_since(image, source, progress))
     return reading.start(ctx, plan, start.base, changed, ChangeRecord(Change.BITMAP, start.base.backup, token=token))
 
 
