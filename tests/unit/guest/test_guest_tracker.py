@@ -5,9 +5,14 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import random
+import signal
 import struct
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -449,3 +454,160 @@ def test_a_disk_that_is_gone_is_forgotten(tracking: Tracking, loop: Disk) -> Non
     (tracking.bpffs / "vmbackupd/4095-1").mkdir()
     tracking.track(loop)
     assert "vmbackupd/4095-1" not in pins(tracking.bpffs)
+
+
+# writers that nobody waits for
+
+
+def test_a_write_that_is_under_way_at_the_switch_is_marked_on_both_sides(tracking: Tracking, tmp_path: Path) -> None:
+    """The disk lies on a filesystem that is frozen: its writes wait for the thaw."""
+    below = Path(f"/dev/shm/vmbackupd-test-{os.getpid()}-below")
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    try:
+        with loop_disk(below, 128 * MiB) as lower:
+            run("mkfs.ext4", "-q", lower.path)
+            run("mount", lower.path, str(mounted))
+            try:
+                with loop_disk(mounted / "disk", SIZE) as disk:
+                    tracking.track(disk)
+                    run("fsfreeze", "--freeze", str(mounted))
+                    writer = threading.Thread(target=disk.write, args=(7 * CHUNK, 4096))
+                    try:
+                        writer.start()
+                        until(lambda: bool(tracking.kinds(disk)), 10, "the write is submitted", 0.01)
+                        tracking.trackers.flip()
+                        assert tracking.collect(disk) == {7}
+                        assert tracking.kinds(disk) == set()
+                    finally:
+                        run("fsfreeze", "--unfreeze", str(mounted))
+                        writer.join()
+                    tracking.trackers.settle("backup-1")
+                    tracking.track(disk)
+                    assert tracking.changed(disk) == {7}
+            finally:
+                run("umount", str(mounted))
+    finally:
+        below.unlink()
+
+
+def test_no_change_is_lost_between_backups_under_a_writer(tracking: Tracking, loop: Disk) -> None:
+    """Each backup reads, after its T1, only what changed, from the live disk; every fourth is not published. When the
+    writer rests, the copy is the disk."""
+    copy = bytearray(loop.size)
+    tracking.backup(loop, "backup-0")
+    published, rest = 0, threading.Event()
+    writer = threading.Thread(target=write_until, args=(rest, loop.path))
+    writer.start()
+    try:
+        for number in range(1, 25):
+            assert tracking.track(loop)[0]["generation"] == f"backup-{published}"
+            if number % 3 == 0:
+                tracking.collect(loop)
+            tracking.trackers.flip()
+            tracking.collect(loop)
+            copy_changed(tracking, loop, copy)
+            if number % 4:
+                published = number
+                tracking.trackers.settle(f"backup-{number}")
+    finally:
+        rest.set()
+        writer.join()
+    tracking.track(loop)
+    assert len(tracking.changed(loop)) < loop.size // CHUNK, "everything was marked: this proves nothing"
+    copy_changed(tracking, loop, copy)
+    loop.flush()
+    different = [
+        chunk
+        for chunk in range(loop.size // CHUNK)
+        if copy[chunk * CHUNK : (chunk + 1) * CHUNK] != loop.read(chunk * CHUNK, CHUNK)
+    ]
+    assert different == []
+
+
+def write_until(rest: threading.Event, path: str) -> None:
+    """Writes, discards and zeroes at random places, all through the first half of the disk."""
+    disk, dice = Disk(path), random.Random(3)
+    try:
+        while not rest.is_set():
+            length = 4096 * dice.choice((1, 1, 1, 2, 16, 33))
+            offset = 4096 * dice.randrange(SIZE // 2 // 4096)
+            kind = dice.randrange(20)
+            if kind > 1:
+                disk.write(offset, length, dice.randrange(1 << 30))
+            else:
+                ioctl(path, (BLKDISCARD, BLKZEROOUT)[kind], offset, length)
+    finally:
+        disk.close()
+
+
+def copy_changed(tracking: Tracking, disk: Disk, copy: bytearray) -> None:
+    for chunk in sorted(tracking.changed(disk)):
+        length = min(CHUNK, disk.size - chunk * CHUNK)
+        copy[chunk * CHUNK : chunk * CHUNK + length] = disk.read(chunk * CHUNK, length)
+
+
+def test_a_helper_that_is_killed_at_any_line_loses_nothing(tracking: Tracking, loop: Disk) -> None:
+    """It costs a full read at worst. The helper's process dies at one line after the other of a whole backup."""
+    tracking.backup(loop, "backup-0")
+    base, number, at, full, outcomes = "backup-0", 0, 0, 0, set()
+    unread: set[int] = set()  # written since ``base``
+    while True:
+        number, at = number + 1, at + 4
+        before, after = number * 3 % 1000, number * 3 % 1000 + 1
+        loop.write(before * CHUNK, 4096)
+        tracking.helper()
+        ended = killed_backup(tracking, loop, f"backup-{number}", after, at)
+        answer = tracking.track(loop)[0]
+        assert answer["tracking"]
+        wrote = loop.read(after * CHUNK, 512)[:4] == struct.pack("=I", number)
+        if answer["generation"] == f"backup-{number}":
+            base, unread = f"backup-{number}", set()
+        else:
+            unread.add(before)
+        unread |= {after} if wrote else set()
+        outcomes.add(answer["generation"] is not None and answer["generation"] == f"backup-{number}")
+        if answer["generation"] is None:
+            full += 1
+            tracking.trackers.flip()
+            base, unread = f"full-{number}", set()
+            tracking.trackers.settle(base)
+        else:
+            assert answer["generation"] == base
+            assert unread <= tracking.changed(loop), f"killed at line {at}"
+        if ended:
+            break
+    assert outcomes == {False, True} and number > 30
+    assert full <= number // 10
+
+
+def killed_backup(tracking: Tracking, disk: Disk, generation: str, chunk: int, lines: int) -> bool:
+    """A helper in a process of its own that makes a backup, and writes ``chunk`` after T1, but is killed after some
+    lines; False then."""
+    child = os.fork()
+    if child == 0:
+        left = lines
+
+        def line(frame: FrameType, event: str, argument: object) -> object:
+            nonlocal left
+            if "guest_helper" not in frame.f_code.co_filename:
+                return None
+            left -= event == "line"
+            if left <= 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return line
+
+        try:
+            sys.settrace(line)  # type: ignore[arg-type]
+            tracking.track(disk)
+            tracking.trackers.collect(disk.devno)
+            tracking.trackers.flip()
+            disk.write_bytes(chunk * CHUNK, struct.pack("=I", int(generation[7:])).ljust(4096, b"x"))
+            tracking.trackers.collect(disk.devno)
+            tracking.trackers.settle(generation)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status == 0

@@ -41,8 +41,11 @@ class Disk:
 
     def write(self, offset: int, length: int, seed: int = 1) -> None:
         """Random bytes past the page cache: multiples of 512."""
-        self._memory[:length] = random.Random(seed).randbytes(length)
-        assert os.pwritev(self._fd, [memoryview(self._memory)[:length]], offset) == length
+        self.write_bytes(offset, random.Random(seed).randbytes(length))
+
+    def write_bytes(self, offset: int, data: bytes) -> None:
+        self._memory[: len(data)] = data
+        assert os.pwritev(self._fd, [memoryview(self._memory)[: len(data)]], offset) == len(data)
 
     def read(self, offset: int, length: int) -> bytes:
         assert os.preadv(self._fd, [memoryview(self._memory)[:length]], offset) == length
