@@ -40,8 +40,7 @@ async def begin(ctx: BackupContext) -> None:
         off = Start(None, "dirty bitmaps are switched off ([changes] bitmaps)")
         ctx.starts.update({plan.id: off for plan in plans})
         return
-    known = await ctx.hypervisor.bitmaps(ctx.domain.uuid)
-    begun = await _record(ctx, [plan.target for plan in plans if plan.target is not None])
+    known, begun = await _record(ctx, [plan.target for plan in plans if plan.target is not None])
     for plan in plans:
         assert plan.target is not None
         why_none = begun.get(plan.target, "it has no dirty bitmap")
@@ -53,15 +52,18 @@ async def begin(ctx: BackupContext) -> None:
         ctx.starts[plan.id] = start
 
 
-async def _record(ctx: BackupContext, targets: list[str]) -> Mapping[str, str | None]:
+async def _record(ctx: BackupContext, targets: list[str]) -> tuple[Collection[str], Mapping[str, str | None]]:
+    """Begin this backup's checkpoint; the names of the earlier ones, and why a disk is not recorded."""
     ctx.entries["bitmaps"] = ctx.journal.record("drop_bitmaps", name=checkpoint(ctx))
     try:
-        return await ctx.uninterrupted(ctx.hypervisor.begin_bitmaps(ctx.domain.uuid, checkpoint(ctx), targets))
+        known = await ctx.hypervisor.bitmaps(ctx.domain.uuid)
+        begun = await ctx.uninterrupted(ctx.hypervisor.begin_bitmaps(ctx.domain.uuid, checkpoint(ctx), targets))
     except NotRunning:
         raise
     except HypervisorError as error:
         log.warning("VM %s: no dirty bitmaps: %s", ctx.vm, error)
-        return dict.fromkeys(targets, str(error))
+        return (), dict.fromkeys(targets, str(error))
+    return known, begun
 
 
 async def _start(ctx: BackupContext, plan: DiskPlan, known: Collection[str]) -> Start:
@@ -72,7 +74,10 @@ async def _start(ctx: BackupContext, plan: DiskPlan, known: Collection[str]) -> 
     tokens = await asyncio.to_thread(ctx.bases.tokens, plan.id)
     reason = ""
     for token in [*tokens[:1], *(token for token in tokens[1:] if token in known)]:
-        why_not = (await ctx.hypervisor.bitmap_reasons(ctx.domain.uuid, token, [plan.target]))[plan.target]
+        try:
+            why_not = (await ctx.hypervisor.bitmap_reasons(ctx.domain.uuid, token, [plan.target]))[plan.target]
+        except HypervisorError as error:
+            why_not = str(error)
         base = None if why_not else await asyncio.to_thread(ctx.bases.recorded_by, token, plan.id, plan.size)
         if base is not None:
             return Start(base)

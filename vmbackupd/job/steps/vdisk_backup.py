@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from vmbackupd.engine.copyloop import Progress, copy_in
@@ -131,7 +132,7 @@ async def _store_stores(ctx: BackupContext) -> None:
     try:
         sink = ctx.writer.image(source.size)
         progress = Progress()
-        await ctx.engine(progress, lambda: copy_in(source, sink, progress))
+        await ctx.engine(progress, lambda: copy_in(source, sink, progress), beside=partial(reading.check, ctx))
         ctx.store_tree, ctx.store_size = await asyncio.to_thread(sink.finish), source.size
     finally:
         await asyncio.to_thread(source.close)
