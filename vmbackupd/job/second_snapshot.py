@@ -39,7 +39,10 @@ def settle(
     later = _kind(_of(plans, Method.GUEST_SNAPSHOT), wish)
     inside = _kind(_of(plans, Method.FREEZE_WINDOW), wish) if not _of(plans, Method.GUEST_SNAPSHOT) else T2.EXTERNAL
     kinds = {Method.GUEST_SNAPSHOT: later, Method.FREEZE_WINDOW: inside}
-    return list(items), [_with(plan, kinds[plan.method]) if plan.kind is VolumeKind.VIRTUAL else plan for plan in plans]
+    settled = [_with(plan, kinds[plan.method]) if plan.kind is VolumeKind.VIRTUAL else plan for plan in plans]
+    fleeced = {plan.id for plan in settled if plan.t2 is T2.FLEECE}
+    told = [replace(item, reason=f"{item.reason}; served by QEMU") if item.id in fleeced else item for item in items]
+    return told, settled
 
 
 def _of(plans: Iterable[DiskPlan], method: Method) -> list[DiskPlan]:

@@ -14,7 +14,7 @@ import pytest
 from tests.unit.api.support import DEADLINE, BusDaemon, SmallRunner, cli_command, cli_environment, served
 from vmbackupd.job.manager import JobManager
 from vmbackupd.job.options import BackupOptions, RestoreOptions
-from vmbackupd.model import RevertMode
+from vmbackupd.model import T2, RevertMode
 
 
 class Ended:
@@ -59,11 +59,11 @@ def test_backup_says_what_it_made_and_its_steps(address: str) -> None:
     async def main() -> None:
         async with served(address) as (_, runner, _):
             done = await ctl(address, "backup", "web", "--revert=both", "--allow-uncovered", "a",
-                             "--allow-uncovered", "b", "--freeze-budget", "500ms")
+                             "--allow-uncovered", "b", "--freeze-budget", "500ms", "--full", "--t2=fleece")
             assert done.status == 0, done.err
             assert "backup: web-1" in done.out and "2023-11-14 22:13:20.250Z" in done.out and "12 ms" in done.out
             assert done.err.splitlines()[-1] == "backup web: seal"
-            assert runner.calls == [("backup", "web", BackupOptions(RevertMode.BOTH, ("a", "b"), 0.5))]
+            assert runner.calls == [("backup", "web", BackupOptions(RevertMode.BOTH, ("a", "b"), 0.5, True, T2.FLEECE))]
             done = await ctl(address, "--json", "backup", "web", "--quiet")
             assert done.status == 0 and done.err == ""
             assert done.document["backup"] == "web-1" and done.document["uncovered"] == []

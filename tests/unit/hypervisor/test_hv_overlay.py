@@ -3,6 +3,7 @@ leave a disk's chain."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,38 @@ def test_prepared_overlays_are_all_removed_when_one_cannot_be_made(two_disks: Ma
         two_disks.with_hypervisor(lambda hv: hv.prepare_overlays(two_disks.uuid, paths(two_disks)))
     assert Path(paths(two_disks)["sda"]).read_text() == "somebody's file"
     assert not os.path.exists(paths(two_disks)["vda"])
+
+
+@pytest.mark.parametrize("off", [False, True], ids=["pivoted", "committed offline"])
+@pytest.mark.parametrize("format", ["vmdk", "vpc", "vdi"])
+def test_an_overlay_lies_over_an_image_of_any_format(new_machine: Callable[..., Machine], tmp_path: Path, format: str,
+                                                     off: bool) -> None:
+    """VMDK, VHD, VDI: still below the overlay, read by the storage daemon at the size libvirt tells."""
+    image = create(tmp_path / f"a.{format}", format, "40M")
+    machine = new_machine(disk(image, "vda", format))
+    machine.write("virtio-disk0", 1, "0", "1M")
+    over = f"{image}.j1"
+
+    async def work(hv: LibvirtHypervisor) -> None:
+        await hv.prepare_overlays(machine.uuid, {"vda": over})
+        await hv.snapshot(machine.uuid, {"vda": over})
+        machine.write("virtio-disk0", 2, "64k", "64k")
+        async with StorageDaemon(machine.dir / "run") as daemon:
+            socket, export = await daemon.export("x", ImageSpec(format, str(image)))
+            raw = str(tmp_path / "still.raw")
+            await asyncio.to_thread(tool, "nbdcopy", f"nbd+unix:///{export}?socket={socket}", raw)
+        (seen,) = (await hv.domain(machine.uuid)).disks
+        assert os.path.getsize(raw) == seen.size and pattern(Path(raw), "raw", 1, "0", "1M")
+        if off:
+            await hv.destroy(machine.uuid)
+        await hv.drop_overlay(machine.uuid, over)
+
+    machine.with_hypervisor(work)
+    assert not os.path.exists(over)
+    assert pattern(image, format, 1, "0", "64k") and pattern(image, format, 2, "64k", "64k")
+    assert f"type='{format}'" in machine.dom.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    if off:
+        machine.dom.create()
 
 
 def test_a_commit_that_is_ready_is_continued(two_disks: Machine) -> None:

@@ -179,6 +179,8 @@ def kinds(wish: T2, root: DiskSource | None = None, data: DiskSource | None = No
         report(PLAIN_ROOT, DATA_DISK, DATA_LV), t2=wish,
     )
     assert {item.id: item.method for item in found.items} == {plan.id: plan.method for plan in found.plans}
+    told = {item.id for item in found.items if item.reason.endswith("; served by QEMU")}
+    assert told == {plan.id for plan in found.plans if plan.t2 is T2.FLEECE}
     assert {plan.details["t2"] for plan in found.plans} == {plan.t2 for plan in found.plans}
     return {plan.id: (plan.method, plan.t2) for plan in found.plans}
 
