@@ -311,11 +311,11 @@ class _Code:
 
     def read(self, pointer: int, offset: int, size: int, failed: str) -> None:
         """R1 := what the kernel has ``offset`` bytes behind ``pointer``."""
+        self.copy(_R3, pointer)  # first: it may be one of the others
+        self.sum("+", _R3, offset)
         self.copy(_R1, _FP)
         self.sum("+", _R1, _WORD)
         self.sum("=", _R2, size)
-        self.copy(_R3, pointer)
-        self.sum("+", _R3, offset)
         self._add(0x85, number=_PROBE_READ)
         self.jump("!=", _R0, 0, failed)
         self.load(_R1, _FP, _WORD, size)

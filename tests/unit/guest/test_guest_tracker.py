@@ -30,7 +30,7 @@ from tests.unit.guest.tracking import (
     usable,
     zram_disk,
 )
-from vmbackupd.guest_helper import bpf, btf
+from vmbackupd.guest_helper import bpf, btf, tracked
 from vmbackupd.guest_helper.failures import HelperError
 from vmbackupd.guest_helper.program import BIOS, REQUESTS, Fields
 from vmbackupd.guest_helper.tracker import Trackers
@@ -181,6 +181,30 @@ def test_a_discard_of_terabytes_is_marked_exactly(tracking: Tracking, file: Path
         first = (100 * GiB) // CHUNK + 5
         value = int.from_bytes(tracking.trackers.fresh(disk.devno), "little")
         assert value >> first == (1 << count) - 1 and value & ((1 << first) - 1) == 0
+
+
+def test_a_disk_whose_discards_may_have_many_ranges(
+    tracking: Tracking, loop: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As NVMe has them. Those with one range are marked as exactly as on other disks."""
+    look = tracked.look
+    monkeypatch.setattr(tracked, "look", lambda device: look(device)._replace(scattered=True))
+    tracking.track(loop)
+    ioctl(loop.path, BLKDISCARD, 16 * MiB + CHUNK, 20 * MiB)
+    assert tracking.collect(loop) == chunks(16 * MiB + CHUNK, 20 * MiB)
+    loop.write(CHUNK, 4096)
+    assert tracking.collect(loop) == {1}
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("nvme0n1", "NVMe multipath head"), ("nvme10n2", "multipath"), ("md0", "")]
+)
+def test_disks_that_do_not_show_when_writes_end(name: str, reason: str) -> None:
+    if not reason:
+        tracked._require_whole_bios(name, "9:0")
+        return
+    with pytest.raises(HelperError, match=reason):
+        tracked._require_whole_bios(name, "259:0")
 
 
 def test_a_disk_that_grows_counts_as_changed(tracking: Tracking, loop: Disk, file: Path) -> None:
