@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from tests.lab.ceph import Ceph
     from tests.lab.guest import Guest
     from tests.lab.lab import Lab
+    from tests.lab.qemu import PlainGuest
 
 PROGRAMS = """
     qemu-system-x86_64 qemu-img qemu-storage-daemon libvirtd dbus-daemon tgtd tgtadm mmdebstrap mkfs.ext4 debugfs e2fsck
     unshare gzip
 """
-LAB_FIXTURES = {"lab", "plain_guest", "lvm_guest", "trixie_guest", "bullseye_guest"}
+LAB_FIXTURES = {"lab", "plain_guest", "lvm_guest", "trixie_guest", "bullseye_guest", "unmanaged_guest"}
 
 
 def missing() -> list[str]:
@@ -112,6 +113,17 @@ def trixie_guest(lab: Lab) -> Iterator[Guest]:
 def bullseye_guest(lab: Lab) -> Iterator[Guest]:
     """The session's guest with Debian 11 (Linux 5.10). Shared: leave it as it was."""
     guest = lab.start_guest("bullseye")
+    yield guest
+    require_healthy_kernel(guest)
+
+
+@pytest.fixture(scope="session")
+def unmanaged_guest(lab: Lab) -> Iterator[PlainGuest]:
+    """The session's guest that no libvirt runs, otherwise as ``plain_guest``. Shared: leave it as it was."""
+    from tests.lab.qemu import PlainGuest
+
+    guest = lab.start_guest("plain", "unmanaged", libvirt=False)
+    assert isinstance(guest, PlainGuest)
     yield guest
     require_healthy_kernel(guest)
 

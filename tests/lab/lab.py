@@ -19,6 +19,7 @@ import libvirt
 from tests.lab import image
 from tests.lab.guest import Guest, domain_xml
 from tests.lab.iscsi import IscsiTarget, Lun
+from tests.lab.qemu import PlainGuest
 from tests.lab.services import LabError, Processes, kept, open_libvirt, start_bus, start_libvirt
 from tests.lab.volumes import copy_file
 
@@ -147,6 +148,7 @@ class Lab:
         *,
         cmdline: str = "",
         wait: bool = True,
+        libvirt: bool = True,
         disks: Mapping[str, int] | None = None,
         luns: Mapping[str, int] | None = None,
         direct_luns: Mapping[str, int] | None = None,
@@ -160,7 +162,8 @@ class Lab:
         virtual ``disks`` by target (``vdd``...), ``luns`` of the guest's own initiator by name, ``direct_luns``
         (``device='lun'``: sdb...) by name. ``formats`` gives virtual disks other images than qcow2, by target:
         ``raw``, ``vmdk``, ``vpc``, or ``iscsi`` (raw, over QEMU's own initiator). ``cmdline`` is added to the kernel's
-        (``vmbk.agent=noexec``: the agent refuses guest-exec).
+        (``vmbk.agent=noexec``: the agent refuses guest-exec). Without ``libvirt`` it is a QEMU process with the same
+        devices.
         """
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r}: one of {', '.join(KINDS)}")
@@ -193,9 +196,12 @@ class Lab:
             luns=[known[lun] for lun in ("lun", *(direct_luns or {}))],
             memory=memory,
         )
-        domain = self.connection.defineXML(xml)
-        domain.create()
-        guest = Guest(self, domain, console, paths, known)
+        if libvirt:
+            domain = self.connection.defineXML(xml)
+            domain.create()
+            guest = Guest(self, domain, console, paths, known)
+        else:
+            guest = PlainGuest(self, name, xml, console, paths, known)
         self._guests.append(guest)
         if wait:
             guest.wait_agent()

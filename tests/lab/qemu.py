@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
 import socket
-import subprocess
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
-from tests.lab.services import LabError, until
+from tests.lab.guest import LAB_CHANNEL, Guest, LabAgent
+from tests.lab.iscsi import Lun
+from tests.lab.services import LabError, Processes, until
+
+if TYPE_CHECKING:
+    from tests.lab.lab import Lab
 
 AGENT_PORT = "org.qemu.guest_agent.0"
 
@@ -57,10 +61,12 @@ def monitor(path: Path) -> Iterator[Monitor]:
 
 class Qemu:
     """One QEMU process with two monitors: ``qmp`` for the service under test, ``own`` for the test. Its sockets lie in
-    ``directory``, whose path has to be short."""
+    ``directory``, whose path has to be short. ``processes`` holds it, so that it cannot outlive the test."""
 
-    def __init__(self, name: str, directory: Path, words: Sequence[str | Path], *, uuid: str | None = None) -> None:
-        self.name, self.directory, self.uuid = name, directory, uuid
+    def __init__(
+        self, name: str, processes: Processes, directory: Path, words: Sequence[str | Path], *, uuid: str | None = None
+    ) -> None:
+        self.name, self.directory, self.uuid, self._processes = name, directory, uuid, processes
         self.qmp, self.own = directory / f"{name}.qmp", directory / f"{name}.own"
         self.agent = directory / f"{name}.agent"
         self.argv = [
@@ -69,28 +75,28 @@ class Qemu:
             "-qmp", f"unix:{self.qmp},server=on,wait=off", "-qmp", f"unix:{self.own},server=on,wait=off",
             *(str(word) for word in words),
         ]  # fmt: skip
-        self.process: subprocess.Popen[bytes] | None = None
+        self.started = False
 
     @property
     def agent_words(self) -> list[str]:
         """The guest agent's port, for a machine with a virtio-serial controller."""
-        return [
-            "-chardev", f"socket,path={self.agent},server=on,wait=off,id=agent",
-            "-device", f"virtserialport,chardev=agent,name={AGENT_PORT},id=agentport",
-        ]  # fmt: skip
+        return channel_words(AGENT_PORT, self.agent)
+
+    def copy(self, name: str, argv: Sequence[str]) -> Qemu:
+        """Another machine, with sockets of its own name, that ``argv`` starts."""
+        other = Qemu(name, self._processes, self.directory, ())
+        other.argv = list(argv)
+        return other
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
         for path in (self.qmp, self.own):
             path.unlink(missing_ok=True)  # a QEMU that was killed leaves its sockets
-        self.process = subprocess.Popen(self.argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                        stderr=subprocess.PIPE, cwd=self.directory)
-        until(self._listens, 30, f"QEMU {self.name} listens")
+        self._processes.start(self.name, self.argv)
+        self.started = True
+        self._processes.ready(self.name, self._listens)
 
     def _listens(self) -> bool:
-        assert self.process is not None and self.process.stderr is not None
-        if self.process.poll() is not None:
-            raise LabError(f"QEMU {self.name} ended: {self.process.stderr.read().decode()}")
         with socket.socket(socket.AF_UNIX) as probe:
             try:
                 probe.connect(str(self.own))
@@ -98,18 +104,20 @@ class Qemu:
                 return False
         return True
 
+    @property
+    def running(self) -> bool:
+        return self.started and self._processes.status(self.name) is None
+
     def kill(self) -> None:
         """End it like a crash would."""
-        if self.process is not None:
-            self.process.send_signal(signal.SIGKILL)
-            self.wait()
+        if self.started:
+            self.started = False
+            self._processes.stop(self.name, timeout=0)
 
     def wait(self) -> None:
         """Wait for its end."""
-        assert self.process is not None and self.process.stderr is not None
-        self.process.wait(60)
-        self.process.stderr.close()
-        self.process = None
+        until(lambda: not self.running, 60, f"QEMU {self.name} ends")
+        self.kill()
 
     def execute(self, command: str, **arguments: Any) -> Any:
         """A command on the test's own monitor."""
@@ -125,5 +133,102 @@ class Qemu:
     def close(self) -> None:
         self.kill()
         for path in (self.qmp, self.own, self.agent):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+            path.unlink(missing_ok=True)
+
+
+def channel_words(name: str, path: Path) -> list[str]:
+    """A virtio-serial port on a socket that QEMU listens at."""
+    label = path.name.replace(".", "-")
+    return [
+        "-chardev", f"socket,path={path},server=on,wait=off,id={label}",
+        "-device", f"virtserialport,chardev={label},name={name},id={label}-port",
+    ]  # fmt: skip
+
+
+def words_of(xml: str) -> list[str]:
+    """The command line of QEMU with the devices of a lab guest's domain XML (``domain_xml``), but for the channels.
+    Disks have their targets as ids."""
+    root = ElementTree.fromstring(xml)
+    kvm = root.get("type") == "kvm"
+    words = [
+        "-machine", f"q35,accel={'kvm' if kvm else 'tcg'}", "-cpu", "host" if kvm else "max",
+        "-m", root.findtext("memory") or "", "-smp", root.findtext("vcpu") or "",
+        "-kernel", root.findtext("os/kernel") or "", "-initrd", root.findtext("os/initrd") or "",
+        "-append", root.findtext("os/cmdline") or "",
+        "-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net",
+        "-device", "virtio-serial-pci", "-device", "virtio-scsi-pci,id=scsi0",
+    ]  # fmt: skip
+    for console in root.iterfind("devices/serial/source"):
+        words += ["-serial", f"file:{console.get('path')}"]
+    for number, _ in enumerate(root.iterfind("devices/controller[@model='pcie-root-port']")):
+        words += ["-device", f"pcie-root-port,id=port{number},chassis={number + 1}"]
+    for number, disk in enumerate(root.iterfind("devices/disk")):
+        words += _disk_words(disk, number)
+    return words
+
+
+def _disk_words(disk: ElementTree.Element, number: int) -> list[str]:
+    source, target, driver = (disk.find(tag) for tag in ("source", "target", "driver"))
+    assert source is not None and target is not None and driver is not None
+    name = target.get("dev")
+    if disk.get("type") == "file":
+        file = f"file.driver=file,file.filename={source.get('file')}"
+    else:
+        host, (iqn, lun) = source.find("host"), str(source.get("name")).split("/")
+        assert host is not None
+        portal = f"{host.get('name')}:{host.get('port')}"
+        file = f"file.driver=iscsi,file.transport=tcp,file.portal={portal},file.target={iqn},file.lun={lun}"
+    if disk.get("device") == "lun":
+        address = disk.find("address")
+        assert address is not None
+        device = f"scsi-block,bus=scsi0.0,scsi-id={address.get('target')},lun={address.get('unit')}"
+    else:
+        device = f"virtio-blk-pci,bus=port{number},serial={disk.findtext('serial')}"
+    return [
+        "-blockdev", f"driver={driver.get('type')},node-name=node-{name},discard=unmap,{file}",
+        "-device", f"{device},drive=node-{name},id={name}",
+    ]  # fmt: skip
+
+
+class PlainGuest(Guest):
+    """A guest of the lab that runs without libvirt; ``qemu`` is its process. Everything that is done inside the guest
+    is as with :class:`Guest`; there is no ``domain``."""
+
+    def __init__(
+        self, lab: Lab, name: str, xml: str, console: Path, disks: dict[str, Path], luns: dict[str, Lun]
+    ) -> None:
+        self.lab, self.console_path, self.disks, self.luns = lab, console, disks, luns
+        self.name, self.uuid = name, str(uuid.uuid4())
+        self.qemu = Qemu(name, lab.processes, lab.dir, words_of(xml), uuid=self.uuid)
+        self.qemu.argv += self.qemu.agent_words + channel_words(LAB_CHANNEL, lab.dir / f"{name}.lab")
+        self._agent = None
+        self.qemu.start()
+
+    def channel_path(self, name: str) -> str:
+        return str(self.lab.dir / f"{self.name}.lab")
+
+    def _answers(self) -> bool:
+        if not self.qemu.running:
+            raise LabError(f"QEMU has ended: {self.lab.processes.log(self.name)}")
+        try:
+            self.agent("guest-ping", timeout=5)
+        except LabError:
+            return False
+        return True
+
+    def agent(self, command: str, timeout: float = 30.0, **arguments: Any) -> Any:
+        """A command to the guest's official agent, on its port, which is let go of at once. Raises LabError."""
+        official = LabAgent(str(self.qemu.agent))
+        try:
+            words = {key.replace("_", "-"): value for key, value in arguments.items()}
+            return official.call(command, timeout, **words)
+        finally:
+            official.close()
+
+    def destroy(self) -> None:
+        self.close()
+        self.qemu.close()
+        for path in self.disks.values():
+            path.unlink(missing_ok=True)
+        for iqn in {lun.iqn for lun in self.luns.values()}:
+            self.lab.iscsi.delete_target(iqn)

@@ -100,7 +100,9 @@ class HypervisorLost(HypervisorError):
 
 
 class Hypervisor(Protocol):
-    """One connection to a hypervisor."""
+    """One connection to a hypervisor. ``defines``: whether it takes new domains (:meth:`define`, :meth:`start`)."""
+
+    defines: bool
 
     async def open(self) -> None: ...
 

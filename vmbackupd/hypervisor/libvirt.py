@@ -490,6 +490,8 @@ def _alive(conn: Any) -> bool:
 class LibvirtHypervisor:
     """The domains of one libvirt. Implements :class:`vmbackupd.hypervisor.base.Hypervisor`."""
 
+    defines = True
+
     def __init__(self, uri: str) -> None:
         self._conn = LibvirtConnection(uri)
 

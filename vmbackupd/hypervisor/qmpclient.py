@@ -7,6 +7,7 @@ their order, and may be issued by several tasks at once.
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,8 @@ GREETING = 5.0  # QEMU greets at once, unless it serves somebody else
 COMMAND = 30.0
 CLOSE = 10.0
 REPLY_LIMIT = 64 << 20  # bytes of one reply
+
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what it logs it raises as well, for us to judge
 
 
 class QmpRefused(HypervisorError):

@@ -28,16 +28,23 @@ class WrittenFiles:
             self._make_directory(path, 0o755)
 
     def write(self, blobs: dict[str, bytes]) -> None:
-        """Write the plan's files from ``blobs`` (blob id -> content), under their part names."""
+        """Write the plan's files from ``blobs`` (blob id -> content), and its command, under their part names."""
         for blob in self._plan.blobs:
             for missing in missing_directories(os.path.dirname(blob.path)):
                 self._make_directory(missing, 0o711)
-            file = NewFile(blob.path, os.path.lexists(blob.path), self._on_effect)
-            with open(file.reserve(), "wb") as out:
-                self._files.append(file)
-                out.write(blobs[blob.blob])
-                out.flush()
-                os.fsync(out.fileno())
+            self._write(blob.path, blobs[blob.blob], 0o600)
+        command = self._plan.command
+        if command is not None and command.path is not None:
+            self._write(command.path, command.text.encode(), 0o700)
+
+    def _write(self, path: str, content: bytes, mode: int) -> None:
+        file = NewFile(path, os.path.lexists(path), self._on_effect)
+        with open(file.reserve(), "wb") as out:
+            self._files.append(file)
+            out.write(content)
+            out.flush()
+            os.fchmod(out.fileno(), mode)
+            os.fsync(out.fileno())
 
     def rename(self) -> None:
         """Give the files their names."""

@@ -11,6 +11,7 @@ from enum import StrEnum
 from vmbackupd.errors import TargetRefused
 from vmbackupd.model import VolumeRecord
 from vmbackupd.restore.address import Target
+from vmbackupd.restore.command import CommandPlan
 from vmbackupd.restore.inuse import place
 
 
@@ -123,7 +124,8 @@ class Presentation:
 class RestorePlan:
     """A restore, checked. ``problems`` are the reasons to refuse it: a plan that has any must not be executed.
 
-    ``directories`` are those to be made, outermost first; ``left_out`` the ids of volumes that stay in the backup.
+    ``directories`` are those to be made, outermost first; ``left_out`` the ids of volumes that stay in the backup. A
+    machine that no libvirt ran has a ``command`` instead of a ``domain``.
     """
 
     backup: str
@@ -139,6 +141,7 @@ class RestorePlan:
     problems: tuple[str, ...]
     force: bool
     start: bool
+    command: CommandPlan | None = None
 
     @property
     def size(self) -> int:
@@ -169,6 +172,7 @@ class RestorePlan:
             "directories": list(self.directories),
             "files": [blob.as_dict() for blob in self.blobs],
             "domain": domain.as_dict() if domain else None,
+            "command": self.command.as_dict() if self.command else None,
             "present_to_guest": [entry.as_dict() for entry in self.presentations],
             "notes": list(self.notes),
             "problems": list(self.problems),

@@ -6,12 +6,15 @@ import asyncio
 import dataclasses
 import os
 import uuid as uuid_module
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from vmbackupd.errors import InvalidArgument, NotFound, RepositoryCorrupt
 from vmbackupd.hypervisor.base import Hypervisor
 from vmbackupd.hypervisor.images import qcow2_obstacle
+from vmbackupd.hypervisor.qmp.blocks import Image
+from vmbackupd.hypervisor.qmp.description import COMMAND_LINE, STATE
+from vmbackupd.hypervisor.qmp.stored import stored_images
 from vmbackupd.job.options import RestoreOptions
 from vmbackupd.model import Method, RevertMode, VolumeRecord
 from vmbackupd.repository import Repository
@@ -20,6 +23,7 @@ from vmbackupd.restore import blobs
 from vmbackupd.restore.address import Target, TargetKind
 from vmbackupd.restore.assign import assign_targets
 from vmbackupd.restore.check import choose_writing, path_problems, space_note
+from vmbackupd.restore.command import CommandPlan, plan_command
 from vmbackupd.restore.disks import PlacedVolume
 from vmbackupd.restore.domain import Rewritten, rewrite
 from vmbackupd.restore.inuse import DomainDiskUse, domain_disks
@@ -60,21 +64,36 @@ async def make_plan(manifest: Manifest, request: RestoreOptions, *, repository: 
     files: tuple[BlobPlan, ...] = ()
     domain: DomainPlan | None = None
     attached: frozenset[str] = frozenset()
-    imported = all(record.method is Method.IMPORT for record in manifest.volumes)
-    if imported and hypervisor is not None:
-        findings.notes.append(f"backup {manifest.id} holds imported images and no VM: nothing will be defined")
-    if hypervisor is not None and not imported:
+    command: CommandPlan | None = None
+    defined = _has_domain(manifest)
+    if hypervisor is not None and not defined:
+        findings.notes.append(f"backup {manifest.id} holds no libvirt domain: nothing will be defined")
+    elif hypervisor is not None and not hypervisor.defines:
+        findings.notes.append("this vmbackupd works without libvirt (hypervisor.uri): the domain in the backup will not"
+                              " be defined")
+    if hypervisor is not None and defined and hypervisor.defines:
         findings.problems += await _name_problems(hypervisor, name)
         domain, files = await _plan_domain(manifest, name, targets, request, repository, findings)
         attached = domain.attached
     elif request.start:
         raise InvalidArgument(f"VM {vm}: a restore that defines no domain cannot start it")
+    if COMMAND_LINE in manifest.config:
+        command, files = await _plan_command(manifest, name, targets, request, repository, findings)
+        attached = command.attached
     return RestorePlan(
         backup=manifest.id, vm=vm, directory=request.directory, volumes=tuple(volumes),
         left_out=tuple(record.id for record in manifest.volumes if targets[record.id] is None),
         directories=directories, blobs=files, domain=domain,
         presentations=presentations(manifest, [(plan.record, plan.target) for plan in volumes], attached),
-        notes=tuple(findings.notes), problems=tuple(findings.problems), force=request.force, start=request.start)
+        notes=tuple(findings.notes), problems=tuple(findings.problems), force=request.force, start=request.start,
+        command=command)
+
+
+def _has_domain(manifest: Manifest) -> bool:
+    """Whether there is a VM that libvirt could define: there is none of imported images, or of a QEMU that ran without
+    libvirt."""
+    imported = all(record.method is Method.IMPORT for record in manifest.volumes)
+    return not imported and STATE not in manifest.config and COMMAND_LINE not in manifest.config
 
 
 def _domain_name(vm: str, wanted: str | None) -> str:
@@ -152,14 +171,39 @@ async def _plan_domain(manifest: Manifest, name: str, targets: Mapping[str, Targ
     uuid = str(uuid_module.uuid4())
     xml = await asyncio.to_thread(_definition, manifest, repository)
     files = blobs.plan_files(manifest.config, xml, name=name, uuid=uuid, directory=request.directory)
-    for blob in files:
-        if os.path.lexists(blob.path) and not request.force:
-            findings.problems.append(f"{blob.kind} file {blob.path} exists already: move it away, or replace it with"
-                                     " --force")
+    _refuse_existing(files, request, findings)
     placed = [PlacedVolume(record, targets[record.id]) for record in manifest.volumes]
     result: Rewritten = rewrite(xml, name=name, uuid=uuid, volumes=placed, nvram=blobs.nvram_path(files))
     findings.notes += result.notes
     return DomainPlan(name, uuid, result.macs, result.attached, result.xml), files
+
+
+async def _plan_command(manifest: Manifest, name: str, targets: Mapping[str, Target | None], request: RestoreOptions,
+                        repository: Repository, findings: _Findings) -> tuple[CommandPlan, tuple[BlobPlan, ...]]:
+    """The command of a machine that no libvirt ran, and its UEFI variables beside it."""
+    text = (await asyncio.to_thread(repository.blob, manifest.config[COMMAND_LINE])).decode()
+    images: dict[str, Image] = {}
+    flash: str | None = None
+    if STATE in manifest.config:
+        images, flash = stored_images((await asyncio.to_thread(repository.blob, manifest.config[STATE])).decode())
+    directory = request.directory
+    files: tuple[BlobPlan, ...] = ()
+    if "nvram" in manifest.config and directory is not None:
+        files = (BlobPlan("nvram", manifest.config["nvram"], os.path.join(directory, f"{name}_VARS.fd")),)
+    command = plan_command(
+        text, images, [PlacedVolume(record, targets[record.id]) for record in manifest.volumes],
+        files={flash: files[0].path} if flash and files else {},
+        path=os.path.join(directory, f"{name}.start") if directory is not None else None)
+    _refuse_existing([*files, *([BlobPlan("command", "", command.path)] if command.path else [])], request, findings)
+    findings.notes += command.notes
+    return command, files
+
+
+def _refuse_existing(files: Iterable[BlobPlan], request: RestoreOptions, findings: _Findings) -> None:
+    for blob in files:
+        if os.path.lexists(blob.path) and not request.force:
+            findings.problems.append(f"{blob.kind} file {blob.path} exists already: move it away, or replace it with"
+                                     " --force")
 
 
 def _definition(manifest: Manifest, repository: Repository) -> str:

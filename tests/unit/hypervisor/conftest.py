@@ -11,6 +11,7 @@ import pytest
 
 from tests.conftest import require
 from tests.lab.qemu import Qemu
+from tests.lab.services import Processes
 from tests.unit.hypervisor import machine as machines
 from tests.unit.hypervisor.plain import FEW_DISKS, PlainQemu
 
@@ -62,20 +63,17 @@ def new_qemu(tmp_path: Path) -> Iterator[Callable[..., PlainQemu]]:
     """Make and start a QEMU that no libvirt runs, from further words of its command line."""
     require("qemu-system-x86_64", shutil.which("qemu-system-x86_64") is not None)
     sockets = Path(tempfile.mkdtemp(prefix="vmbk-qmp-", dir="/tmp"))  # short: the paths of unix sockets
-    made: list[Qemu] = []
+    processes = Processes(sockets)
 
     def make(words: str = "", *, name: str = "bare", uuid: str | None = None, start: bool = True) -> PlainQemu:
         argv = ["-M", "q35,accel=tcg", "-m", "64", *words.format(dir=tmp_path).split()]
-        qemu = Qemu(name, sockets, argv, uuid=uuid)
-        made.append(qemu)
+        qemu = Qemu(name, processes, sockets, argv, uuid=uuid)
         if start:
             qemu.start()
         return PlainQemu(qemu, tmp_path)
 
     yield make
-    for qemu in made:
-        qemu.close()
-    shutil.rmtree(sockets)
+    processes.close()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,12 +62,10 @@ def test_disks_are_found_however_they_were_given(new_qemu: New, tmp_path: Path) 
     assert places[anonymous].unit is None and places[anonymous].pci.startswith("0000:00:")
 
 
-def test_a_relative_path_begins_where_qemu_was_started(new_qemu: New) -> None:
-    qemu = new_qemu("-drive if=virtio,file=here.img,format=raw", start=False)
-    create(qemu.qemu.directory / "here.img", "raw")
-    qemu.qemu.start()
-    (disk,) = describe(qemu).disks
-    assert disk.source == DiskSource("file", "raw", path=str(qemu.qemu.directory / "here.img"))
+def test_a_relative_path_begins_where_qemu_was_started(new_qemu: New, tmp_path: Path) -> None:
+    image = create(tmp_path / "here.img", "raw")
+    (disk,) = describe(new_qemu(f"-drive if=virtio,file={os.path.relpath(image)},format=raw")).disks
+    assert disk.source == DiskSource("file", "raw", path=str(image))
 
 
 def test_the_configuration_tells_how_to_start_it_again(few_disks: PlainQemu) -> None:

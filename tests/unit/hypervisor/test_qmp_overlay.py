@@ -80,7 +80,7 @@ def commit(machine: PlainQemu, name: str, *, speed: int = 0, status: str | None 
 def assert_whole(machine: PlainQemu) -> None:
     """No overlay is left, in the directory or in QEMU, and the disks hold what was written before and after it."""
     assert not [name for name in os.listdir(machine.dir) if name.endswith(".j1")]
-    if machine.qemu.process is not None:
+    if machine.qemu.running:
         found = chains(machine)
         assert (found["vda"], found["sda"]) == ((f"{machine.dir}/a.qcow2",), (f"{machine.dir}/b.raw",))
         nodes = [node["node-name"] for node in machine.qemu.execute("query-named-block-nodes")]

@@ -80,6 +80,8 @@ def test_names_no_domain_can_have_are_refused(tmp_path: Path, name: str) -> None
 class NoDomains:
     """A hypervisor that has none."""
 
+    defines = True
+
     async def domains(self) -> list[tuple[str, str, bool]]:
         return []
 
@@ -94,7 +96,7 @@ def test_imported_images_are_restored_without_a_domain(tmp_path: Path) -> None:
 
     made = planned()
     assert made.domain is None and [volume.record.id for volume in made.volumes] == ["vda"]
-    assert any("no VM: nothing will be defined" in note for note in made.notes) and not made.problems
+    assert any("no libvirt domain: nothing will be defined" in note for note in made.notes) and not made.problems
     with pytest.raises(InvalidArgument, match="cannot start it"):
         planned(start=True)
 

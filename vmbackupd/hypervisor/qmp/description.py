@@ -53,6 +53,12 @@ async def agent_socket(machine: Machine, objects: Objects) -> str | None:
     return None if port is None else port.socket
 
 
+async def agent_port(machine: Machine) -> str | None:
+    """The id of the guest agent's port, without which QEMU does not tell when the agent comes and goes."""
+    port = await find_port(machine, Objects(machine), AGENT_PORT)
+    return None if port is None else port.id
+
+
 async def _state(machine: Machine) -> str:
     """Everything QEMU tells of itself that a person needs to start it again, as JSON."""
     state: dict[str, Any] = {}

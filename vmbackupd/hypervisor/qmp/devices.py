@@ -50,10 +50,6 @@ class Objects:
             for name, kind in sorted((await self.children(parent)).items()):
                 yield f"{parent}/{name}", kind
 
-    def path_of(self, qdev: str) -> str:
-        """The path of a device that QEMU names by id or by path."""
-        return qdev if qdev.startswith("/") else f"{PERIPHERAL[0]}/{qdev}"
-
     async def owner(self, path: str) -> str | None:
         """The device that has the bus which the device at ``path`` is plugged into."""
         bus = await self.get(path, "parent_bus")
@@ -191,6 +187,11 @@ async def scsi_bus(objects: Objects) -> str | None:
                 if child == "SCSI":
                     return name
     return None
+
+
+def object_path(qdev: str) -> str:
+    """The path of a device that QEMU names by id or by path."""
+    return qdev if qdev.startswith("/") else f"{PERIPHERAL[0]}/{qdev}"
 
 
 def by_id(path: str) -> str | None:

@@ -13,7 +13,7 @@ from vmbackupd.hypervisor.base import DomainDisk
 from vmbackupd.hypervisor.images import same_file
 from vmbackupd.hypervisor.qmp import blocks
 from vmbackupd.hypervisor.qmp.blocks import Drive, Node
-from vmbackupd.hypervisor.qmp.devices import FLASH, Objects, by_id, device_kind, guest_address
+from vmbackupd.hypervisor.qmp.devices import FLASH, Objects, by_id, device_kind, guest_address, object_path
 from vmbackupd.hypervisor.qmp.machine import Machine
 
 log = logging.getLogger("hypervisor.qmp")
@@ -88,14 +88,14 @@ async def read_disks(machine: Machine, objects: Objects) -> Disks:
         disks: dict[str, QemuDisk] = {}
         flash = None
         for drive in blocks.drives(await machine.execute("query-block")):
-            path = objects.path_of(drive.qdev)
+            path = object_path(drive.qdev)
             kind = str(await objects.get(path, "type"))
             top = None if drive.node is None else nodes[drive.node]
             if kind in FLASH:
                 if top is not None and not top.read_only:
                     flash = blocks.local_path(top.images[0].file, directory)
                 continue
-            disk = await _read_disk(objects, path, kind, _target(path, drive), top, directory)
+            disk = await _read_disk(objects, path, kind, target_of(drive), top, directory)
             disks[disk.target] = QemuDisk(disk, top)
     return Disks(disks, nodes, flash, directory)
 
@@ -123,13 +123,19 @@ async def _read_disk(objects: Objects, path: str, kind: str, target: str, top: N
         transient=bool(files) and files[0] is not None and not os.path.lexists(files[0]))
 
 
-def _target(path: str, drive: Drive) -> str:
+def target_of(drive: Drive) -> str:
     """The name of a disk: its device's id, else its backend's (``-drive id=``), else its place among the devices."""
+    path = object_path(drive.qdev)
     name = by_id(path) or drive.backend
     if name:
         return name
     place = path.removesuffix("/virtio-backend").rpartition("/")[2]
     return place.replace("[", "").rstrip("]")
+
+
+def is_flash_path(qdev: str) -> bool:
+    """Whether it is the machine's flash, as far as its place in the object tree tells."""
+    return qdev.startswith("/machine/") and "flash" in qdev.rpartition("/")[2]
 
 
 def let_in(machine: Machine, path: str) -> None:

@@ -10,7 +10,7 @@ from vmbackupd.errors import GuestAgentUnavailable, HypervisorError, NotFound, N
 from vmbackupd.hypervisor.base import DomainInfo, FleeceExport
 from vmbackupd.hypervisor.guestagent import AGENT_PORT, GuestAgent
 from vmbackupd.hypervisor.qmp import bitmaps, fleece, hotplug, overlay, snapshot
-from vmbackupd.hypervisor.qmp.description import agent_socket, command_line, describe
+from vmbackupd.hypervisor.qmp.description import agent_port, agent_socket, command_line, describe
 from vmbackupd.hypervisor.qmp.devices import Objects
 from vmbackupd.hypervisor.qmp.disks import read_disks
 from vmbackupd.hypervisor.qmp.identities import Identities
@@ -20,6 +20,8 @@ from vmbackupd.hypervisor.qmpclient import QmpBusy
 
 class QmpHypervisor:
     """The machines of the configuration. ``state`` is the daemon's directory for what it has to know the next time."""
+
+    defines = False
 
     def __init__(self, machines: Mapping[str, MachineConfig], state: Path) -> None:
         self._machines = {name: Machine(name, config) for name, config in machines.items()}
@@ -146,7 +148,7 @@ class QmpHypervisor:
     def watch(self, uuid: str, callback: Callable[[str], None]) -> Callable[[], None]:
         for machine in self._machines.values():
             if self._identities.of(machine.name, machine.config) == uuid:
-                return machine.watch(callback)
+                return machine.watch(callback, agent_port)
         raise NotFound(f"VM {uuid}: no [machines] section describes it")
 
     async def define(self, xml: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from vmbackupd.config import MachineConfig
 from vmbackupd.errors import NotRunning
 from vmbackupd.hypervisor import events
+from vmbackupd.hypervisor.base import HypervisorLost
 from vmbackupd.hypervisor.events import Event, EventHub
 from vmbackupd.hypervisor.qmpclient import COMMAND, GREETING, QmpBusy, QmpClient, QmpEvents, QmpLost
 
@@ -37,6 +38,8 @@ class Machine:
         self._closing: asyncio.Task[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._ended = asyncio.Event()
+        self._find_agent: Callable[[Machine], Awaitable[str | None]]
+        self._agent_port: str | None = None
 
     async def close(self) -> None:
         """Let go of QEMU. Can be called again."""
@@ -89,8 +92,10 @@ class Machine:
         path = Path("/proc", str(self._qmp.peer_pid))
         return path if path.exists() else None
 
-    def watch(self, callback: Callable[[str], None]) -> Callable[[], None]:
-        """See :meth:`Hypervisor.watch`."""
+    def watch(self, callback: Callable[[str], None],
+              find_agent: Callable[[Machine], Awaitable[str | None]]) -> Callable[[], None]:
+        """See :meth:`Hypervisor.watch`. ``find_agent`` tells the id of the guest agent's port."""
+        self._find_agent = find_agent
         unsubscribe = self.hub.watch(self.name, lambda event: callback(event.kind))
         if self._keeper is None or self._keeper.done():
             self._keeper = asyncio.create_task(self._keep(), name=f"watch of VM {self.name}")
@@ -118,20 +123,22 @@ class Machine:
     def _heard(self, event: Mapping[str, Any]) -> None:
         if not event:
             self._ended.set()
-        elif event.get("event") == "VSERPORT_CHANGE":
+        elif event.get("event") == "VSERPORT_CHANGE" and event["data"]["id"] == self._agent_port:
             kind = events.AGENT_CONNECTED if event["data"]["open"] else events.AGENT_DISCONNECTED
-            self.hub.dispatch(Event(kind, None, event["data"]["id"]))
+            self.hub.dispatch(Event(kind, None))
 
     async def _keep(self) -> None:
         """While anybody watches: hold the monitor, and tell of the ends and starts of QEMU."""
         was: int | None = None
         known = lost = False
         while self.hub.watched:
+            now: int | None = None
             try:
                 await self._connect()
                 now = self._qmp.peer_pid
-            except NotRunning:
-                now = None
+                self._agent_port = await self._find_agent(self)
+            except (NotRunning, HypervisorLost):
+                pass  # it ended before we came, or right after
             except QmpBusy as error:
                 if not lost:
                     log.warning("%s", error)
