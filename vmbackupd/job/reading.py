@@ -62,6 +62,7 @@ def start(
 
 async def read(ctx: BackupContext, reading: Reading, source: NbdConnection, only: Bitmap) -> None:
     """Read these chunks of the disk into its image."""
+    await check(ctx)
     progress = Progress()
     work = functools.partial(copy_in, source, reading.sink, progress, only=only)
     await ctx.engine(progress, work, beside=functools.partial(check, ctx))

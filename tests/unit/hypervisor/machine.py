@@ -22,6 +22,7 @@ from tests.lab.services import Processes, start_libvirt, until
 from vmbackupd.hypervisor.libvirt import LibvirtHypervisor
 
 T = TypeVar("T")
+H = TypeVar("H", bound=LibvirtHypervisor)
 
 DOMAIN = """<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>
 <os><type arch='x86_64' machine='q35'>hvm</type></os><features><acpi/></features>
@@ -166,9 +167,9 @@ class Machine:
         return with_hypervisor(self.host.uri, work)
 
 
-def with_hypervisor(uri: str, work: Callable[[LibvirtHypervisor], Awaitable[T]]) -> T:
+def with_hypervisor(uri: str, work: Callable[[H], Awaitable[T]], kind: type[H] = LibvirtHypervisor) -> T:  # type: ignore[assignment]
     async def main() -> T:
-        hypervisor = LibvirtHypervisor(uri)
+        hypervisor = kind(uri)
         await hypervisor.open()
         try:
             return await asyncio.wait_for(work(hypervisor), 120)

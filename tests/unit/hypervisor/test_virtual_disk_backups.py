@@ -1,0 +1,274 @@
+"""Backups of virtual disks, step by step as the pipeline runs them, on real libvirt, QEMU and repository. Only the
+guest is missing: its agent and helper say what those of an idle guest would: every disk is captured in the freeze."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from tests.unit.hypervisor.machine import Machine, create, disk, tool, with_hypervisor
+from vmbackupd.config import Config, parse
+from vmbackupd.errors import BackupError, HypervisorError, NotRunning
+from vmbackupd.guest.report import GuestReport, parse_report
+from vmbackupd.host.udev import UdevWatch
+from vmbackupd.hypervisor.base import bitmap_name
+from vmbackupd.hypervisor.libvirt import LibvirtHypervisor
+from vmbackupd.job import coverage, fleecing, pipeline
+from vmbackupd.job.bases import Bases
+from vmbackupd.job.context import BackupContext
+from vmbackupd.job.journal import Header, Journal
+from vmbackupd.job.observer import JobObserver
+from vmbackupd.job.options import BackupOptions
+from vmbackupd.job.steps import release, seal, t1_snapshot, t2_snapshot, vdisk_backup
+from vmbackupd.job.undo import UndoContext
+from vmbackupd.model import T2, Change, VolumeRecord
+from vmbackupd.repository import LocalStorage, Repository, RepositoryWriter
+from vmbackupd.repository.manifest import Manifest
+
+CHUNK = 1 << 16
+STEPS = (("t1-snapshot", t1_snapshot.run), ("t2-snapshot", t2_snapshot.run), ("vdisk-backup", vdisk_backup.run),
+         ("release", release.run), ("seal", seal.run))
+
+
+class Idle:
+    """The helper in a guest that uses none of its disks."""
+
+    async def probe(self) -> GuestReport:
+        return parse_report({"boot_id": "b", "kernel": "6.1", "hostname": "web1", "devices": []})
+
+    async def arm(self, seconds: float) -> None:
+        pass
+
+    async def disarm(self) -> bool:
+        return False
+
+    async def close(self) -> None:
+        pass
+
+
+class Answering(LibvirtHypervisor):
+    """The real one, with a guest agent that answers."""
+
+    async def agent(self, uuid: str, command: str, arguments: Mapping[str, object] | None = None, *,
+                    timeout: float = 10.0) -> object:
+        return "thawed" if command == "guest-fsfreeze-status" else 1
+
+
+class Backups:
+    """Backups of one machine into one repository."""
+
+    def __init__(self, machine: Machine, repository: Repository) -> None:
+        self.machine, self.repository = machine, repository
+        self.number = 0
+        self.warnings: list[str] = []
+        self.during: Callable[[], None] = lambda: None  # called when the disks are still, or served
+        (machine.dir / "run").mkdir()
+        (machine.dir / "channels").mkdir()
+
+    def config(self, settings: str = "") -> Config:
+        return parse(f"runtime_directory = '{self.machine.dir}/run'\n[guest]\nfreeze_budget = 30\n"
+                     f"[scratch]\ndirectory = '{self.machine.dir}/scratch'\n{settings}")
+
+    def take(self, settings: str = "", **options: Any) -> dict[str, VolumeRecord]:
+        """One backup, its records by volume. What it leaves behind on the machine fails the test."""
+        async def work(hv: Answering) -> Manifest:
+            with self.repository.writer(f"web1-{self.number}") as writer:
+                ctx = await self._context(hv, writer, self.config(settings), BackupOptions(**options))
+                try:
+                    await pipeline.run(ctx, STEPS)
+                finally:
+                    self.warnings = ctx.observer.warnings
+                    await ctx.close_storage()
+                    ctx.journal.close()
+                assert ctx.manifest is not None
+                return ctx.manifest
+
+        self.number += 1
+        manifest = with_hypervisor(self.machine.host.uri, work, Answering)
+        left = [name for name in os.listdir(self.machine.dir) if f".j{self.number}" in name]
+        assert not left and not os.listdir(self.machine.dir / "journal")
+        return {volume.id: volume for volume in manifest.volumes}
+
+    async def _context(self, hv: Answering, writer: RepositoryWriter, config: Config,
+                       options: BackupOptions) -> BackupContext:
+        domain = await hv.domain(self.machine.uuid)
+        job = f"j{self.number}"
+        journal = Journal.create(self.machine.dir / "journal", Header(job, "backup", domain.name, domain.uuid))
+        undo = UndoContext(hv, job, domain.name, domain.uuid)
+        ctx = BackupContext(job, domain.name, options, config, hv, JobObserver(lambda _: None), journal, undo, domain,
+                            UdevWatch(), writer, Bases(self.repository, writer, domain.uuid))
+        ctx.undo.helper = cast(Any, Idle())
+        ctx.report = await Idle().probe()
+        ctx.coverage = coverage.decide(domain, ctx.report, (), t2=ctx.t2_wish)
+        helper = journal.record("unlink", socket=f"{self.machine.dir}/channels/c", path=f"{self.machine.dir}/none")
+        ctx.entries["helper"] = helper
+        original = ctx.engine
+
+        async def engine(*words: Any, **more: Any) -> Any:
+            during, self.during = self.during, lambda: None
+            during()
+            return await original(*words, **more)
+
+        ctx.engine = engine  # type: ignore[method-assign]
+        return ctx
+
+    def image(self, record: VolumeRecord) -> bytes:
+        assert record.tree is not None
+        return self.repository.image(record.tree).read(0, record.size)
+
+
+@pytest.fixture
+def machine(new_machine: Callable[..., Machine], tmp_path: Path) -> Machine:
+    raw = disk(create(tmp_path / "b.raw", "raw"), "vdb", "raw")
+    return new_machine(disk(create(tmp_path / "a.qcow2"), "vda") + raw)
+
+
+@pytest.fixture
+def backups(machine: Machine, tmp_path: Path) -> Iterator[Backups]:
+    storage = LocalStorage(tmp_path / "repository")
+    storage.create()
+    yield Backups(machine, Repository.create(storage))
+
+
+def write(backups: Backups, number: int, at: str, length: str) -> None:
+    """The same to both disks."""
+    for device in ("virtio-disk0", "virtio-disk1"):
+        backups.machine.write(device, number, at, length)
+
+
+@pytest.mark.parametrize("t2", [T2.EXTERNAL, T2.FLEECE])
+def test_a_row_of_backups_reads_what_changed_and_holds_what_was_there(backups: Backups, t2: T2) -> None:
+    write(backups, 1, "0", "4M")
+    first = backups.take(t2=t2)
+    assert first["vda"].change.method is Change.FULL and first["vda"].change.token == "vmbackupd-j1"
+    assert first["vdb"].change.token is None
+    write(backups, 2, "1M", "64k")
+    backups.during = lambda: write(backups, 3, "2M", "64k")  # after T1
+    second = backups.take("[changes]\naudit = 0", t2=t2)
+    change = second["vda"].change
+    assert (change.method, change.base, change.chunks, change.audited) == (Change.BITMAP, "web1-1", 1, 0)
+    assert second["vda"].bytes_read == CHUNK
+    assert second["vdb"].change.reason == "its image is raw, which keeps no dirty bitmap"
+    assert second["vda"].details["t2"] == t2.value
+    third = backups.take("[changes]\naudit = 0", t2=t2)
+    assert third["vda"].change.chunks == 1  # what was written while the second one was read
+    for taken, numbers in ((first, (1, 1)), (second, (2, 1)), (third, (2, 3))):
+        for volume in taken.values():
+            image = backups.image(volume)
+            assert (image[1 << 20], image[2 << 20], image[0], image[4 << 20]) == (*numbers, 1, 0)
+    assert [each.getName() for each in backups.machine.dom.listAllCheckpoints()] == [bitmap_name("vmbackupd-j3", "vda")]
+
+
+def test_one_kind_follows_the_other(backups: Backups) -> None:
+    write(backups, 1, "0", "1M")
+    for number, t2 in enumerate((T2.EXTERNAL, T2.FLEECE, T2.EXTERNAL, T2.FLEECE)):
+        write(backups, number, f"{number}M", "64k")
+        taken = backups.take(t2=t2)["vda"]
+        assert taken.change.method is (Change.BITMAP if number else Change.FULL)
+        assert backups.image(taken)[number << 20] == number
+
+
+def test_a_full_backup_and_switched_off_bitmaps(backups: Backups) -> None:
+    backups.take()
+    assert backups.take(full=True)["vda"].change.reason == "a full backup was asked for"
+    assert backups.take()["vda"].change.base == "web1-2"
+    off = backups.take("[changes]\nbitmaps = false")["vda"].change
+    assert off.token is None and "switched off" in off.reason
+    assert not backups.machine.dom.listAllCheckpoints()
+
+
+def test_an_audit_catches_a_change_that_no_bitmap_saw(backups: Backups) -> None:
+    """Somebody writes into the image while the VM is off, below QEMU."""
+    machine = backups.machine
+    machine.write("virtio-disk0", 1, "0", "1M")
+    backups.take()
+    machine.dom.destroy()
+    place = json.loads(tool("qemu-img", "map", "--output=json", str(machine.dir / "a.qcow2")))[0]["offset"]
+    with open(machine.dir / "a.qcow2", "r+b") as image:
+        image.seek(place + 5 * CHUNK)
+        image.write(b"\7" * 100)
+    machine.dom.create()
+    taken = backups.take("[changes]\naudit = 1.0")["vda"]
+    assert taken.change.method is Change.FULL and taken.change.missed == 1 and taken.change.audited > 400
+    assert "the record of changes is not to be trusted" in taken.change.reason
+    assert any("vda: 1 of" in warning for warning in backups.warnings)
+    assert backups.image(taken)[5 * CHUNK] == 7
+
+
+def test_after_a_crash_of_qemu_only_a_full_read_is_right(backups: Backups) -> None:
+    machine = backups.machine
+    backups.take()
+    machine.write("virtio-disk0", 5, "0", "64k")
+    machine.kill()
+    machine.dom.create()
+    taken = backups.take()["vda"]
+    assert taken.change.method is Change.FULL and "dirty bitmap" in taken.change.reason
+    assert backups.image(taken)[0] == 5
+    assert backups.take()["vda"].change.method is Change.BITMAP
+
+
+def test_a_disk_that_grew_is_read_whole(backups: Backups) -> None:
+    backups.take()
+    backups.machine.dom.blockResize("vda", 48 << 20, 1)
+    taken = backups.take()["vda"]
+    assert taken.size == 48 << 20 and "of a disk of another size" in taken.change.reason
+    assert backups.take()["vda"].change.method is Change.BITMAP
+
+
+@pytest.mark.parametrize("t2", [T2.EXTERNAL, T2.FLEECE])
+def test_a_backup_that_fails_keeps_the_earlier_record(backups: Backups, t2: T2) -> None:
+    machine = backups.machine
+    backups.take()
+
+    def fail() -> None:
+        raise HypervisorError("the test wants it")
+
+    machine.write("virtio-disk0", 4, "0", "64k")
+    backups.during = fail
+    with pytest.raises(HypervisorError, match="the test wants it"):
+        backups.take(t2=t2)
+    assert [each.getName() for each in machine.dom.listAllCheckpoints()] == [bitmap_name("vmbackupd-j1", "vda")]
+    taken = backups.take()["vda"]
+    assert taken.change.base == "web1-1" and backups.image(taken)[0] == 4
+
+
+def test_qemu_dies_while_it_serves(backups: Backups) -> None:
+    backups.during = backups.machine.kill
+    with pytest.raises(NotRunning, match="VM bare stopped while its QEMU served vda"):
+        backups.take(t2=T2.FLEECE)
+    backups.machine.dom.create()
+    assert backups.take(t2=T2.FLEECE)["vda"].change.method is Change.FULL
+
+
+def test_qemu_dies_above_an_image_that_is_still(backups: Backups) -> None:
+    """What was captured is captured; the overlay is committed offline."""
+    machine = backups.machine
+    machine.write("virtio-disk0", 6, "0", "64k")
+    backups.during = machine.kill
+    taken = backups.take(t2=T2.EXTERNAL)["vda"]
+    assert backups.image(taken)[0] == 6
+    machine.dom.create()
+
+
+def test_a_scratch_file_system_that_fills_up_costs_the_backup_and_not_the_guest(
+    backups: Backups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = backups.machine.dir / "scratch"
+    scratch.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(scratch)], check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    monkeypatch.setattr(fleecing, "ROOM", 16 << 20)
+    try:
+        write(backups, 1, "0", "16M")
+        backups.during = lambda: write(backups, 2, "0", "6M")
+        with pytest.raises(BackupError, match=r"the backup is given up before the guest's writes fail"):
+            backups.take(t2=T2.FLEECE)
+        write(backups, 3, "0", "8M")  # the guest does not notice
+    finally:
+        subprocess.run(["umount", str(scratch)], check=True)
