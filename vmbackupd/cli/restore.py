@@ -10,7 +10,7 @@ from vmbackupd.cli.follow import run_job
 from vmbackupd.cli.options import Subcommands, add_command, add_wait, volume_target
 from vmbackupd.cli.session import Session
 from vmbackupd.cli.table import fields, table
-from vmbackupd.cli.text import amount, word
+from vmbackupd.cli.text import amount, printable, word
 
 
 def register(subcommands: Subcommands) -> None:
@@ -64,6 +64,9 @@ def _describe(result: dict[str, Any]) -> str:
         parts.append(table(titles, rows, right=frozenset({"SIZE", "WRITTEN"})))
     shown = [f"{volume}: {word(entry.get('how'))}" for entry in result.get("present_to_guest") or []
              if (volume := word(entry.get("volume")))]
+    if isinstance(command := result.get("command"), dict):  # of a machine that no libvirt ran
+        lines = [word(command.get("path"))] if command.get("path") else str(command.get("text")).splitlines()
+        shown += ["start it with:", *(f"    {printable(line)}" for line in lines)]
     shown += [f"note: {word(note)}" for note in result.get("notes") or []]
     shown += [f"problem: {word(problem)}" for problem in result.get("problems") or []]
     parts.append("\n".join(shown))

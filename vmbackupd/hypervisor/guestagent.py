@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Mapping
 
 from vmbackupd.errors import BackupError, GuestAgentRefused, GuestAgentUnavailable, HypervisorError
-from vmbackupd.typed import get_str, parse_object
+from vmbackupd.typed import parse_object
 
 AGENT_PORT = "org.qemu.guest_agent.0"
 ANSWER_LIMIT = 64 << 20  # bytes; guest-exec keeps 16 MiB of each output, in base64
@@ -73,7 +73,7 @@ class GuestAgent:
             finally:
                 self._leave()
         if "error" in answer:
-            text = get_str(answer["error"], "desc", "no reason") if isinstance(answer["error"], dict) else "no reason"
+            text = _reason(answer["error"])
             raise refusal(text, what) or HypervisorError(f"{what}: {text}")
         if "return" not in answer:
             raise GuestAgentUnavailable(f"{what}: its answer makes no sense: {str(answer)[:200]!r}")
@@ -95,10 +95,9 @@ class GuestAgent:
         try:
             sync = {"execute": "guest-sync-delimited", "arguments": {"id": number}}
             writer.write(SENTINEL + json.dumps(sync).encode() + b"\n")
-            answer: dict[str, object] = {}
-            while answer.get("return") != number:
-                await reader.readuntil(SENTINEL)
-                answer = _parsed(await reader.readuntil(b"\n"))
+            await reader.readuntil(SENTINEL)
+            while _synchronised(await reader.readuntil(b"\n")) != number:
+                pass
         except BaseException:
             writer.close()
             raise
@@ -128,6 +127,19 @@ class GuestAgent:
                 await streams[1].wait_closed()
             except OSError:
                 pass
+
+
+def _synchronised(line: bytes) -> object:
+    """The number that a line answers to a sync, None where it is something else that lay in the port."""
+    try:
+        return _parsed(line.rpartition(SENTINEL)[2]).get("return")
+    except ValueError:
+        return None
+
+
+def _reason(error: object) -> str:
+    text = error.get("desc") if isinstance(error, dict) else None
+    return text if isinstance(text, str) and text else "no reason"
 
 
 def _parsed(line: bytes) -> dict[str, object]:

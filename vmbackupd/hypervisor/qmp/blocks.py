@@ -17,6 +17,7 @@ from vmbackupd.hypervisor.dirtybitmaps import Bitmap, bitmaps_of
 
 PROTOCOLS = {"file", "host_device", "iscsi", "nbd", "rbd", "nfs", "ssh", "curl", "http", "https", "nvme", "gluster"}
 
+_FDSET = "/dev/fdset/"
 FILTERS = {"mirror_top", "commit_top", "backup-top", "copy-before-write", "copy-on-read", "throttle", "compress",
            "preallocate", "snapshot-access", "blkdebug", "blklogwrites", "blkreplay"}
 
@@ -107,6 +108,8 @@ def local_path(file: str, directory: str) -> str | None:
         if not file.startswith("file:"):
             return None
         file = file.removeprefix("file:")
+    if file.startswith(_FDSET):
+        return None  # a descriptor that somebody handed to QEMU: nobody else can open it by that name
     return os.path.normpath(os.path.join(directory, file)) if file else None
 
 
@@ -130,7 +133,7 @@ def source(image: Image, directory: str) -> DiskSource:
         name = parts.path.strip("/")
         return DiskSource("network", image.format, protocol="iscsi", name=name, host=parts.hostname,
                           port=parts.port or 3260)
-    scheme = "json" if image.file.startswith("json:") else image.file.split(":", 1)[0]
+    scheme = "file descriptor" if image.file.startswith(_FDSET) else image.file.split(":", 1)[0]
     return DiskSource("network", image.format, protocol=scheme, name=image.file)
 
 
