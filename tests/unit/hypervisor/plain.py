@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tests.lab.qemu import Qemu
 from tests.lab.services import until
@@ -33,6 +33,11 @@ class PlainQemu:
     dir: Path
 
     @property
+    def uuid(self) -> str:
+        assert self.qemu.uuid is not None
+        return self.qemu.uuid
+
+    @property
     def config(self) -> MachineConfig:
         return MachineConfig(self.qemu.qmp)
 
@@ -54,11 +59,12 @@ class PlainQemu:
         return with_qmp({self.qemu.name: self.config}, self.dir, named)
 
 
-def with_qmp(machines: Mapping[str, MachineConfig], state: Path, work: Callable[[QmpHypervisor], Awaitable[T]]) -> T:
+def with_qmp(machines: Mapping[str, MachineConfig], state: Path, work: Callable[[Any], Awaitable[T]],
+             kind: type[QmpHypervisor] = QmpHypervisor) -> T:
     """The result of ``work`` on a hypervisor that is open meanwhile."""
 
     async def main() -> T:
-        hypervisor = QmpHypervisor(machines, state)
+        hypervisor = kind(machines, state)
         await hypervisor.open()
         try:
             return await asyncio.wait_for(work(hypervisor), 120)

@@ -1,126 +1,30 @@
-"""Backups of virtual disks, step by step as the pipeline runs them, on real libvirt, QEMU and repository. Only the
-guest is missing: its agent and helper say what those of an idle guest would: every disk is captured in the freeze."""
+"""Backups of virtual disks through libvirt, step by step as the pipeline runs them."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 
+from tests.unit.hypervisor.backups import Backups, answer
 from tests.unit.hypervisor.machine import Machine, create, disk, tool, with_hypervisor
-from vmbackupd.config import Config, parse
 from vmbackupd.errors import BackupError, HypervisorError, NotRunning
-from vmbackupd.guest.report import GuestReport, parse_report
-from vmbackupd.host.udev import UdevWatch
 from vmbackupd.hypervisor.base import bitmap_name
 from vmbackupd.hypervisor.libvirt import LibvirtHypervisor
-from vmbackupd.job import coverage, fleecing, pipeline
-from vmbackupd.job.bases import Bases
-from vmbackupd.job.context import BackupContext
-from vmbackupd.job.journal import Header, Journal
-from vmbackupd.job.observer import JobObserver
-from vmbackupd.job.options import BackupOptions
-from vmbackupd.job.steps import release, seal, t1_snapshot, t2_snapshot, vdisk_backup
-from vmbackupd.job.undo import UndoContext
-from vmbackupd.model import T2, Change, VolumeRecord
-from vmbackupd.repository import LocalStorage, Repository, RepositoryWriter
-from vmbackupd.repository.manifest import Manifest
+from vmbackupd.job import fleecing
+from vmbackupd.model import T2, Change
+from vmbackupd.repository import LocalStorage, Repository
 
 CHUNK = 1 << 16
-STEPS = (("t1-snapshot", t1_snapshot.run), ("t2-snapshot", t2_snapshot.run), ("vdisk-backup", vdisk_backup.run),
-         ("release", release.run), ("seal", seal.run))
-
-
-class Idle:
-    """The helper in a guest that uses none of its disks."""
-
-    async def probe(self) -> GuestReport:
-        return parse_report({"boot_id": "b", "kernel": "6.1", "hostname": "web1", "devices": []})
-
-    async def arm(self, seconds: float) -> None:
-        pass
-
-    async def disarm(self) -> bool:
-        return False
-
-    async def close(self) -> None:
-        pass
 
 
 class Answering(LibvirtHypervisor):
     """The real one, with a guest agent that answers."""
 
-    async def agent(self, uuid: str, command: str, arguments: Mapping[str, object] | None = None, *,
-                    timeout: float = 10.0) -> object:
-        return "thawed" if command == "guest-fsfreeze-status" else 1
-
-
-class Backups:
-    """Backups of one machine into one repository."""
-
-    def __init__(self, machine: Machine, repository: Repository) -> None:
-        self.machine, self.repository = machine, repository
-        self.number = 0
-        self.warnings: list[str] = []
-        self.during: Callable[[], None] = lambda: None  # called when the disks are still, or served
-        (machine.dir / "run").mkdir()
-        (machine.dir / "channels").mkdir()
-
-    def config(self, settings: str = "") -> Config:
-        return parse(f"runtime_directory = '{self.machine.dir}/run'\n[guest]\nfreeze_budget = 30\n"
-                     f"[scratch]\ndirectory = '{self.machine.dir}/scratch'\n{settings}")
-
-    def take(self, settings: str = "", **options: Any) -> dict[str, VolumeRecord]:
-        """One backup, its records by volume. What it leaves behind on the machine fails the test."""
-        async def work(hv: Answering) -> Manifest:
-            with self.repository.writer(f"web1-{self.number}") as writer:
-                ctx = await self._context(hv, writer, self.config(settings), BackupOptions(**options))
-                try:
-                    await pipeline.run(ctx, STEPS)
-                finally:
-                    self.warnings = ctx.observer.warnings
-                    await ctx.close_storage()
-                    ctx.journal.close()
-                assert ctx.manifest is not None
-                return ctx.manifest
-
-        self.number += 1
-        manifest = with_hypervisor(self.machine.host.uri, work, Answering)
-        left = [name for name in os.listdir(self.machine.dir) if f".j{self.number}" in name]
-        assert not left and not os.listdir(self.machine.dir / "journal")
-        return {volume.id: volume for volume in manifest.volumes}
-
-    async def _context(self, hv: Answering, writer: RepositoryWriter, config: Config,
-                       options: BackupOptions) -> BackupContext:
-        domain = await hv.domain(self.machine.uuid)
-        job = f"j{self.number}"
-        journal = Journal.create(self.machine.dir / "journal", Header(job, "backup", domain.name, domain.uuid))
-        undo = UndoContext(hv, job, domain.name, domain.uuid)
-        ctx = BackupContext(job, domain.name, options, config, hv, JobObserver(lambda _: None), journal, undo, domain,
-                            UdevWatch(), writer, Bases(self.repository, writer, domain.uuid))
-        ctx.undo.helper = cast(Any, Idle())
-        ctx.report = await Idle().probe()
-        ctx.coverage = coverage.decide(domain, ctx.report, (), t2=ctx.t2_wish)
-        helper = journal.record("unlink", socket=f"{self.machine.dir}/channels/c", path=f"{self.machine.dir}/none")
-        ctx.entries["helper"] = helper
-        original = ctx.engine
-
-        async def engine(*words: Any, **more: Any) -> Any:
-            during, self.during = self.during, lambda: None
-            during()
-            return await original(*words, **more)
-
-        ctx.engine = engine  # type: ignore[method-assign]
-        return ctx
-
-    def image(self, record: VolumeRecord) -> bytes:
-        assert record.tree is not None
-        return self.repository.image(record.tree).read(0, record.size)
+    agent = staticmethod(answer)  # type: ignore[assignment]
 
 
 @pytest.fixture
@@ -133,7 +37,7 @@ def machine(new_machine: Callable[..., Machine], tmp_path: Path) -> Machine:
 def backups(machine: Machine, tmp_path: Path) -> Iterator[Backups]:
     storage = LocalStorage(tmp_path / "repository")
     storage.create()
-    yield Backups(machine, Repository.create(storage))
+    yield Backups(machine, Repository.create(storage), lambda work: with_hypervisor(machine.host.uri, work, Answering))
 
 
 def write(backups: Backups, number: int, at: str, length: str) -> None:
