@@ -66,6 +66,8 @@ def run_helper(data: bytes) -> None:
         lambda message: replies.parse_prepared(message, {"253:0": 4096}),
         replies.parse_snap,
         replies.parse_status,
+        lambda message: replies.parse_tracked(message, ["8:0"]),
+        replies.parse_collected,
         report.parse_report,
     ):
         try:
@@ -87,6 +89,8 @@ def samples_helper() -> list[dict[str, Any]]:
         {"volumes": [prepared]},
         {"t1": 1.5, "suspend_ms": 1.0, "resume_ms": 1.0},
         {"boot_id": "x", "volumes": [status]},
+        {"disks": [{"device": "8:0", "tracking": True, "generation": "x", "reason": ""}]},
+        {"chunks": 1, "seconds": 1.5, "reason": ""},
     ]
 
 
@@ -95,7 +99,7 @@ SAMPLES_HELPER = samples_helper()
 
 def seeds_helper() -> list[bytes]:
     texts = [json.dumps(message).encode() for message in SAMPLES_HELPER]
-    edits = [b"E" + bytes([sample, place, 1, 7 * place]) for sample in range(5) for place in range(12)]
+    edits = [b"E" + bytes([sample, place, 1, 7 * place]) for sample in range(7) for place in range(12)]
     return [*texts, *edits, b"VMBK1 nonce 1\n"]
 
 

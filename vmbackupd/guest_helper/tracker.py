@@ -129,6 +129,7 @@ class Trackers:
 
     def since(self, device: str) -> float:
         """Seconds since the disk was collected."""
+        self._disk(device)
         return time.monotonic() - self._collected[device]
 
     def settle(self, generation: str) -> None:

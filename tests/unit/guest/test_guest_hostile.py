@@ -15,6 +15,10 @@ from vmbackupd.guest import client as client_module
 from vmbackupd.guest import hello
 from vmbackupd.guest.channel import Channel
 from vmbackupd.guest.client import GuestHelper, open_data_channel
+from vmbackupd.guest.replies import Collected, TrackedDisk, parse_collected, parse_tracked
+
+TRACKED = {"device": "8:0", "tracking": True, "generation": "backup-1", "reason": ""}
+COLLECTED = {"chunks": 1, "seconds": 0.5, "reason": ""}
 
 Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
 Behaviour = Callable[[Reader, Writer], Awaitable[None]]
@@ -342,3 +346,37 @@ def test_cancelled_request_closes_the_session(tmp_path: Path) -> None:
 
     against(tmp_path / "socket", answers(), work)
     assert channel_module.MAX_LINE == 4 * 2**20
+
+
+def test_what_is_tracked() -> None:
+    assert parse_tracked({"disks": [TRACKED]}, ["8:0"]) == [TrackedDisk("8:0", True, "backup-1", "")]
+    assert parse_collected(COLLECTED) == Collected(1, 0.5, "")
+
+
+@pytest.mark.parametrize(
+    "disks",
+    [
+        [],
+        [TRACKED, TRACKED],
+        [TRACKED | {"device": "8:16"}],
+        [TRACKED | {"device": "../sda"}],
+        [TRACKED | {"tracking": False}],
+        [TRACKED | {"tracking": 1}],
+        [TRACKED | {"generation": ""}],
+        [TRACKED | {"generation": "x" * 256}],
+        [TRACKED | {"reason": "x" * 1001}],
+        [TRACKED | {"reason": None}],
+        ["8:0"],
+    ],
+)
+def test_a_lie_about_what_is_tracked(disks: list[object]) -> None:
+    with pytest.raises(GuestProtocolError, match=r"disks"):
+        parse_tracked({"disks": disks}, ["8:0"])
+
+
+@pytest.mark.parametrize(
+    "lie", [{"chunks": -1}, {"chunks": 2**50}, {"seconds": -0.5}, {"seconds": float("nan")}, {"reason": 5}]
+)
+def test_a_lie_about_what_was_collected(lie: dict[str, object]) -> None:
+    with pytest.raises(GuestProtocolError, match=next(iter(lie))):
+        parse_collected(COLLECTED | lie)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import mmap
 import os
@@ -17,6 +18,7 @@ from types import FrameType
 import pytest
 
 from tests.lab.services import until
+from tests.unit.guest.support import Start
 from tests.unit.guest.tracking import (
     CHUNK,
     Disk,
@@ -30,6 +32,8 @@ from tests.unit.guest.tracking import (
     usable,
     zram_disk,
 )
+from vmbackupd.errors import GuestHelperError
+from vmbackupd.guest.client import GuestHelper
 from vmbackupd.guest_helper import bpf, btf, tracked
 from vmbackupd.guest_helper.failures import HelperError
 from vmbackupd.guest_helper.program import BIOS, REQUESTS, Fields
@@ -478,6 +482,52 @@ def test_a_disk_that_is_gone_is_forgotten(tracking: Tracking, loop: Disk) -> Non
     (tracking.bpffs / "vmbackupd/4095-1").mkdir()
     tracking.track(loop)
     assert "vmbackupd/4095-1" not in pins(tracking.bpffs)
+
+
+@pytest.fixture
+def system_bpffs() -> Iterator[Path]:
+    """The one that a helper takes, for one test on this machine at a time; unmounted again where it was not mounted."""
+    path = Path("/sys/fs/bpf")
+    with open("/run/lock/vmbackupd-test-bpffs", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        mounted = os.path.ismount(path)
+        yield path
+        run(sys.executable, "-m", "vmbackupd.guest_helper", "--untrack")
+        assert not (path / "vmbackupd").exists()
+        if not mounted:
+            unmount(path)
+
+
+def test_over_the_control_protocol(start_helper: Start, tmp_path: Path, loop: Disk, system_bpffs: Path) -> None:
+    """A real helper; the next one takes over from it."""
+
+    async def helper() -> GuestHelper:
+        start_helper()
+        return await GuestHelper.reconnect(str(tmp_path / "control"), vm="vm", job="j01234567")
+
+    async def backup(since: str | None, generation: str) -> int:
+        session = await helper()
+        answers = await session.track("host", {loop.devno: "wwn", "4095:1": "none"})
+        assert [(answer.tracking, answer.generation) for answer in answers] == [(True, since), (False, None)]
+        loop.write(3 * CHUNK, 4096)
+        collected = await session.collect(loop.devno)
+        with pytest.raises(GuestHelperError, match="T1 was not taken"):
+            await session.settle(generation)
+        await session.prepare_capture([loop.devno], limit=MiB)
+        await session.arm(60)
+        captured = await session.capture([loop.devno], deadline=10)
+        await session.disarm()
+        await session.settle(generation)
+        await session.quit()
+        await session.close()
+        assert captured.disks[0].chunks == 0
+        return collected.chunks
+
+    assert asyncio.run(backup(None, "backup-1")) == 1
+    loop.write(9 * CHUNK, 4096)
+    (tmp_path / "control").unlink()
+    assert asyncio.run(backup("backup-1", "backup-2")) == 2
+    assert "vmbackupd/switch" in pins(system_bpffs)
 
 
 # writers that nobody waits for
