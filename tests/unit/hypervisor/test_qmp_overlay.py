@@ -4,15 +4,21 @@ daemon or of QEMU, or somebody else can leave a disk's chain."""
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import require
+from tests.lab.iscsi import IscsiTarget
 from tests.lab.qemu import monitor
+from tests.lab.services import Processes
 from tests.unit.hypervisor.machine import create, pattern, tool
 from tests.unit.hypervisor.plain import PlainQemu
 from vmbackupd.errors import HypervisorError, InvalidArgument, NotRunning
+from vmbackupd.hypervisor.base import DiskSource
 from vmbackupd.hypervisor.qmp.hypervisor import QmpHypervisor
 from vmbackupd.hypervisor.qmp.nodes import node_name
 
@@ -263,6 +269,36 @@ def test_what_is_never_snapshotted(new_qemu: Callable[..., PlainQemu], tmp_path:
     with pytest.raises(InvalidArgument, match="a snapshot of no disk"):
         machine.work(lambda hv, uuid: hv.snapshot(uuid, {}))
     assert not os.path.exists(tmp_path / "o")
+
+
+def test_a_lun_is_told_from_a_disk_and_left_alone(
+    new_qemu: Callable[..., PlainQemu], tmp_path: Path
+) -> None:
+    """A ``scsi-block`` looks like a disk in ``query-block``, but the guest's commands go around the block layer."""
+    require("tgtd", shutil.which("tgtd", path=os.environ["PATH"] + ":/usr/sbin") is not None)
+    directory = Path(tempfile.mkdtemp(prefix="vmbk-tgt-", dir="/tmp"))
+    processes = Processes(directory)
+    try:
+        target = IscsiTarget(processes, directory)
+        lun = target.create_lun("lun", size=32 << 20)
+        machine = new_qemu(
+            f"-device virtio-scsi-pci -blockdev driver=raw,node-name=n,file.driver=iscsi,file.transport=tcp,"
+            f"file.portal={lun.portal},file.target={lun.iqn},file.lun={lun.lun} -device scsi-block,drive=n,id=sda")
+        (disk,) = machine.work(lambda hv, uuid: hv.domain(uuid)).disks
+        assert (disk.device, disk.size) == ("lun", 32 << 20)
+        assert disk.source == DiskSource("network", "raw", protocol="iscsi", name=f"{lun.iqn}/{lun.lun}",
+                                         host="127.0.0.1", port=target.port)
+        overlay = {"sda": f"{tmp_path}/o"}
+        with pytest.raises(InvalidArgument, match="sda is a lun and is never snapshotted"):
+            machine.work(lambda hv, uuid: hv.snapshot(uuid, overlay))
+        with pytest.raises(InvalidArgument, match="sda is a lun"):
+            machine.work(lambda hv, uuid: hv.begin_fleece(uuid, overlay, f"{tmp_path}/s", {}))
+        reasons = machine.work(lambda hv, uuid: hv.begin_bitmaps(uuid, "vmbackupd-j1", ["sda"]))
+        assert "go around QEMU" in str(reasons["sda"])
+        machine.qemu.kill()
+        target.close()
+    finally:
+        processes.close()
 
 
 def test_a_base_with_a_chain_of_its_own(new_qemu: Callable[..., PlainQemu], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from vmbackupd.hypervisor.dirtybitmaps import Bitmap, bitmaps_of
 PROTOCOLS = {"file", "host_device", "iscsi", "nbd", "rbd", "nfs", "ssh", "curl", "http", "https", "nvme", "gluster"}
 
 _FDSET = "/dev/fdset/"
+ISCSI_PORT = 3260
 FILTERS = {"mirror_top", "commit_top", "backup-top", "copy-before-write", "copy-on-read", "throttle", "compress",
            "preallocate", "snapshot-access", "blkdebug", "blklogwrites", "blkreplay"}
 
@@ -128,13 +129,21 @@ def source(image: Image, directory: str) -> DiskSource:
     path = local_path(image.file, directory)
     if path is not None:
         return DiskSource("block" if _is_block(path) else "file", image.format, path=path)
-    if image.file.startswith("iscsi:"):
+    if image.file.startswith(_FDSET):
+        return DiskSource("network", image.format, protocol="file descriptor", name=image.file)
+    if image.file.startswith("json:"):
+        options = _innermost(image.file)
+        protocol = str(options.get("driver"))
+        parts = urlsplit(f"//{options.get('portal') or ''}")
+        name = f"{options.get('target')}/{options.get('lun', 0)}" if protocol == "iscsi" else image.file
+    else:
         parts = urlsplit(image.file)
-        name = parts.path.strip("/")
-        return DiskSource("network", image.format, protocol="iscsi", name=name, host=parts.hostname,
-                          port=parts.port or 3260)
-    scheme = "file descriptor" if image.file.startswith(_FDSET) else image.file.split(":", 1)[0]
-    return DiskSource("network", image.format, protocol=scheme, name=image.file)
+        protocol = parts.scheme
+        name = parts.path.strip("/") if protocol == "iscsi" else image.file
+    if protocol != "iscsi":
+        return DiskSource("network", image.format, protocol=protocol, name=name)
+    return DiskSource("network", image.format, protocol=protocol, name=name, host=parts.hostname,
+                      port=parts.port or ISCSI_PORT)
 
 
 def _is_block(path: str) -> bool:

@@ -87,7 +87,7 @@ class Machine:
     @property
     def process(self) -> Path | None:
         """``/proc`` directory of the QEMU process we are connected to, where it can be told."""
-        if self._qmp.peer_pid is None:
+        if self._qmp.peer_pid is None or not self._qmp.connected:
             return None
         path = Path("/proc", str(self._qmp.peer_pid))
         return path if path.exists() else None
