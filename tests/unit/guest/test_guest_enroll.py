@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import require
 from vmbackupd.guest_helper import devices, enrollment, files, fstab, linear, mounts, mountunit
 from vmbackupd.guest_helper.failures import HelperError
 from vmbackupd.guest_helper.fstab import Filesystem
@@ -317,8 +318,8 @@ def test_other_reasons_to_refuse(system: System, monkeypatch: pytest.MonkeyPatch
         enrollment.look("/dev/sdb1", str(system.root))
 
 
-@pytest.mark.skipif(shutil.which("mkfs.btrfs") is None, reason="no btrfs-progs on this machine")
 def test_devices_of_a_btrfs(tmp_path: Path) -> None:
+    require("mkfs.btrfs", shutil.which("mkfs.btrfs") is not None)
     paths = [tmp_path / "one", tmp_path / "two"]
     for count in (1, 2):
         for path in paths:
