@@ -101,6 +101,12 @@ class FreezeBudgetExceeded(BackupError):
     code = "FreezeBudgetExceeded"
 
 
+class NotConverging(BackupError):
+    """The guest writes faster to a disk that is copied beforehand than can be captured in the freeze."""
+
+    code = "NotConverging"
+
+
 class SnapshotLost(BackupError):
     """The snapshot in the guest was invalidated (store full, table reloaded, reboot): T1 is gone."""
 

@@ -3,7 +3,7 @@ code."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.lab import volumes, writer
@@ -41,11 +41,11 @@ def filesystems(raw: Mapping[str, Path], scratch: Path) -> dict[str, Path]:
     return found
 
 
-def logs(images: Mapping[str, Path]) -> dict[str, writer.Log]:
-    """Volume -> what its log says, in the order in which the writer writes them. Nothing may be torn, and each churn
-    file must be exactly as its log says."""
+def logs(images: Mapping[str, Path], more: Sequence[str] = ()) -> dict[str, writer.Log]:
+    """Volume -> what its log says, in the order in which the writer writes them, ``more`` after those of every guest.
+    Nothing may be torn, and each churn file must be exactly as its log says."""
     found = {}
-    for index, (name, path) in enumerate(LOGS.items()):
+    for index, (name, path) in enumerate([*LOGS.items(), *((name, "/log") for name in more)]):
         if name in images:
             inside = path if name == "root" else "/log"
             log = writer.check(volumes.read_file(images[name], inside), index)
@@ -55,14 +55,18 @@ def logs(images: Mapping[str, Path]) -> dict[str, writer.Log]:
     return found
 
 
-def judge(disks: Mapping[str, Path], scratch: Path) -> dict[str, writer.Log]:
+def judge(
+    disks: Mapping[str, Path], scratch: Path, plain: Mapping[str, str] | None = None
+) -> dict[str, writer.Log]:
     """Assert that ``disks`` are at one instant: logs within one record, none torn, filesystems clean without a
-    replay."""
-    images = filesystems(as_raw(disks, scratch), scratch)
-    assert set(images) == set(LOGS)
+    replay. ``plain``: name of a log -> id of the disk that is its filesystem as a whole."""
+    raw = as_raw(disks, scratch)
+    more = {name: raw[ident] for name, ident in (plain or {}).items()}
+    images = filesystems(raw, scratch) | more
+    assert set(images) == {*LOGS, *more}
     for name, image in images.items():
         assert not volumes.needs_recovery(image), f"{name} was not frozen at T1"
         volumes.check_filesystem(image)
-    found = logs(images)
+    found = logs(images, tuple(more))
     writer.check_together(found)
     return found

@@ -155,6 +155,16 @@ class Service:
         done = self.run(*words, "--json")
         return self._parsed(done.args, done.returncode, done.stdout, done.stderr, status)
 
+    def restore_files(self, backup: str, name: str, to: Path) -> dict[str, Path]:
+        """Restore every volume of ``backup`` to new files below ``to``; volume id -> file."""
+        volumes = self.ctl("show", backup)["volumes"]
+        outside = [volume["id"] for volume in volumes if volume["kind"] == "pass-through"]
+        files = {ident: to / f"{number}.raw" for number, ident in enumerate(outside)}
+        words = [word for ident, path in files.items() for word in ("--volume", f"{ident}={path}")]
+        self.ctl("restore", backup, "--name", name, "--to", str(to), *words)
+        inside = [volume["id"] for volume in volumes if volume["kind"] == "virtual"]
+        return files | {ident: to / f"{ident}.qcow2" for ident in inside}
+
     def fails(self, *words: str) -> tuple[str, str]:
         """``(code, message)`` of the error a command that must fail with status 1 reports."""
         error = self.ctl(*words, status=1)["error"]

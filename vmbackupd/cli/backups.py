@@ -95,13 +95,22 @@ def _describe_manifest(manifest: dict[str, Any]) -> str:
                    ("revert", word(manifest.get("revert"))), ("uncovered", word(manifest.get("uncovered"))),
                    ("protected", "yes" if manifest.get("protected") else "")])
     names = ("id", "kind", "method", "consistency", *SIZES, "reverted_chunks")
-    rows = [[amount(row.get(name)) if name in SIZES else word(row.get(name)) for name in names]
+    rows = [[*(amount(row.get(name)) if name in SIZES else word(row.get(name)) for name in names), _changes(row)]
             for row in manifest.get("volumes", [])]
-    titles = ["VOLUME", "KIND", "METHOD", "CONSISTENCY", "SIZE", "READ", "STORED", "REVERTED"]
-    parts = [head, table(titles, rows, right=frozenset(titles[4:]))]
+    titles = ["VOLUME", "KIND", "METHOD", "CONSISTENCY", "SIZE", "READ", "STORED", "REVERTED", "CHANGES"]
+    parts = [head, table(titles, rows, right=frozenset(titles[4:-1]))]
     if manifest.get("coverage"):
         parts.append(coverage_table(manifest["coverage"]))
     return "\n\n".join(parts)
+
+
+def _changes(volume: dict[str, Any]) -> str:
+    """How it was found out what to read, on which backup that builds, and why not better."""
+    change = volume.get("change")
+    if not isinstance(change, dict):
+        return ""
+    words = [word(change.get("method")), *([f"since {word(change['base'])}"] if change.get("base") else [])]
+    return " ".join([*words, *([f"({word(change['reason'])})"] if change.get("reason") else [])])
 
 
 def _vm(item: dict[str, Any]) -> str:

@@ -103,7 +103,7 @@ class GuestDevice:
 @dataclass(frozen=True)
 class GuestReport:
     """All block devices of a guest at one moment. ``fsfreeze_hook``: its agent runs a hook when it freezes;
-    ``initiator``: its iSCSI name."""
+    ``initiator``: its iSCSI name; ``untracked``: why its kernel cannot track writes to a disk, None if it can."""
 
     boot_id: str
     kernel: str
@@ -111,6 +111,7 @@ class GuestReport:
     devices: tuple[GuestDevice, ...] = field(repr=False)
     fsfreeze_hook: bool = False
     initiator: str | None = None
+    untracked: str | None = None
 
     @cached_property
     def _index(self) -> Mapping[str, GuestDevice]:
@@ -153,6 +154,7 @@ def parse_report(obj: Mapping[str, object]) -> GuestReport:
         devices=devices,
         fsfreeze_hook=get_bool(obj, "fsfreeze_hook", False, error=_ERROR),
         initiator=get_str(obj, "initiator", None, max_length=255, error=_ERROR),
+        untracked=get_str(obj, "untracked", None, max_length=1000, error=_ERROR),
     )
 
 

@@ -17,7 +17,7 @@ from .params import Params, boolean, devno, integer, job_id, number, objects, te
 from .port import PAUSE, Port, PortClosed, PortGone, hello_in
 from .serving import Serving
 from .snapshot import Snapshot
-from .tracker import Trackers
+from .tracker import Trackers, why_not
 from .watchdog import Watchdog
 
 MAX_LINE = 4 << 20
@@ -153,7 +153,7 @@ class Control:
             dm: Optional[Dm] = self._device_mapper()
         except HelperError:
             dm = None
-        return devices.probe(dm)
+        return {**devices.probe(dm), "untracked": why_not()}
 
     def _prepare(self, params: Params) -> Dict[str, Any]:
         job = job_id(params.get("job"))

@@ -16,6 +16,7 @@ from typing import Any, Dict, Iterable, List, Optional
 
 from . import bpf, tracked
 from .bitmaps import Run, runs
+from .btf import VMLINUX
 from .failures import HelperError, clip
 from .marks import layout
 from .params import Params, devno, integer, objects, text
@@ -27,6 +28,20 @@ MAX_DISKS = 256
 MARKS_LIMIT = 64 << 20  # bytes of kernel memory for marks, in all
 _DIRECTORY = "vmbackupd"
 _SWITCH = "switch"
+
+
+def why_not() -> Optional[str]:
+    """What this kernel lacks for tracking, as far as is seen without tracking; None if nothing."""
+    try:
+        os.close(bpf.create_array("vmbk_look", 8, 1))
+        if not os.path.exists(VMLINUX):
+            raise HelperError("NoTracking", "the guest's kernel does not describe its types: there is no " + VMLINUX)
+        bpf.wait_for_programs()
+    except OSError as error:
+        return clip("the guest's kernel gives us no BPF maps in memory (Linux 5.5): %s" % error.strerror, 1000)
+    except HelperError as error:
+        return clip(str(error), 1000)
+    return None
 
 
 class Trackers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vmbackupd.config import Config
 from vmbackupd.engine.copyloop import Progress
@@ -24,6 +24,10 @@ from vmbackupd.job.options import BackupOptions
 from vmbackupd.model import T2, ChangeRecord, VolumeMap
 from vmbackupd.repository import RepositoryWriter
 from vmbackupd.repository.manifest import Manifest
+
+if TYPE_CHECKING:
+    from vmbackupd.guest.replies import TrackedDisk
+    from vmbackupd.job.reading import Reading
 
 T = TypeVar("T")
 
@@ -68,6 +72,11 @@ class BackupContext:
     scratch_target: str = ""
     data_socket: str = ""
     volume_maps: tuple[VolumeMap, ...] = ()
+    tracked: dict[str, TrackedDisk] = field(default_factory=dict)
+    untracked: dict[str, str] = field(default_factory=dict)
+    untrusted: dict[str, str] = field(default_factory=dict)
+    # pre-copy
+    pre_copied: dict[str, Reading] = field(default_factory=dict)
     # T1
     starts: dict[str, Start] = field(default_factory=dict)
     recorded: set[str] = field(default_factory=set)
@@ -90,6 +99,22 @@ class BackupContext:
     def t2_wish(self) -> T2:
         """The kind of the second snapshot that is asked for."""
         return self.options.t2 or T2(self.config.virtual_disks.t2)
+
+    @property
+    def freeze_budget(self) -> float:
+        """Seconds the guest may be frozen."""
+        return self.options.freeze_budget or self.config.guest.freeze_budget
+
+    @property
+    def data_port(self) -> str:
+        """The name of the virtio-serial port on which the helper serves disks."""
+        return f"org.vmbackupd.{self.job}.d0"
+
+    @property
+    def generation(self) -> str:
+        """What the guest's trackers will know this backup's T1 by."""
+        assert self.writer is not None
+        return self.writer.id.hex()
 
     @property
     def helper(self) -> GuestHelper:

@@ -7,7 +7,7 @@ matched by where the guest finds the device (PCI address, SCSI target and unit),
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from vmbackupd.guest import topology
@@ -69,6 +69,15 @@ class Coverage:
     def pass_through(self) -> tuple[DiskPlan, ...]:
         return tuple(plan for plan in self.plans if plan.kind is VolumeKind.PASS_THROUGH)
 
+    @property
+    def pass_through_devnos(self) -> dict[str, str]:
+        """The guest's numbers of the pass-through disks, by id."""
+        return {plan.id: plan.devno for plan in self.pass_through if plan.devno is not None}
+
+    @property
+    def pre_copied(self) -> tuple[DiskPlan, ...]:
+        return tuple(plan for plan in self.plans if plan.method is Method.PRE_COPY)
+
 
 def decide(
     domain: DomainInfo,
@@ -76,9 +85,11 @@ def decide(
     luns: Sequence[HostDevice] = (),
     own: str | None = None,
     t2: T2 = T2.AUTO,
+    untracked: Mapping[str, str] | None = None,
 ) -> Coverage:
     """Decide for every disk of ``domain`` and of its guest; ``own`` is a job whose devices are to be passed over,
-    ``t2`` the kind of hypervisor snapshot that is wished for."""
+    ``t2`` the kind of hypervisor snapshot that is wished for, ``untracked`` why the guest's kernel does not track a
+    disk (by its device number)."""
     disks = [device for device in report.devices if device.type == "disk" and not _ours(device, own)]
     matched = _match(
         [
@@ -104,7 +115,7 @@ def decide(
                 continue
             joined.add(head.devno)
             device = replace(device, name=head.dm.name, devno=head.devno)  # read through all of its paths
-        item, plan = _decide_one(report, device, disk, luns, plans, t2)
+        item, plan = _decide_one(report, device, disk, luns, plans, t2, untracked or {})
         items.append(item)
         plans += [plan] if plan else []
     items += [
@@ -125,6 +136,7 @@ def _decide_one(
     luns: Sequence[HostDevice],
     plans: Sequence[DiskPlan],
     t2: T2,
+    untracked: Mapping[str, str],
 ) -> tuple[CoverageRecord, DiskPlan | None]:
     """A disk of the guest, of the domain, or of both; ``plans`` are those of the disks before it."""
     if device is None or (disk is not None and disk.device != "lun"):
@@ -134,7 +146,7 @@ def _decide_one(
     if twin is not None:
         reason = f"it is {twin.details['guest_name']} again, over another path: let multipathd join them, or log out"
         return _another_path(device, disk, UNCOVERED, reason), None
-    return _pass_through(report, device, disk, luns)
+    return _pass_through(report, device, disk, luns, untracked)
 
 
 def _another_path(device: GuestDevice, disk: DomainDisk | None, decision: str, reason: str) -> CoverageRecord:
@@ -268,7 +280,11 @@ def _virtual_method(report: GuestReport, device: GuestDevice | None) -> tuple[Me
 
 
 def _pass_through(
-    report: GuestReport, device: GuestDevice, disk: DomainDisk | None, luns: Sequence[HostDevice]
+    report: GuestReport,
+    device: GuestDevice,
+    disk: DomainDisk | None,
+    luns: Sequence[HostDevice],
+    untracked: Mapping[str, str],
 ) -> tuple[CoverageRecord, DiskPlan | None]:
     """A disk that only the guest can read."""
     ident = disk.target if disk is not None else _identity(device)
@@ -279,20 +295,19 @@ def _pass_through(
     def item(decision: str, method: Method | None, reason: str) -> CoverageRecord:
         return CoverageRecord(ident, name, VolumeKind.PASS_THROUGH, device.size, method, decision, reason)
 
-    if plain:
-        return item(
-            UNCOVERED,
-            None,
-            f"/dev/{device.name} bypasses the hypervisor, and {plain[0].what} lies on no device-mapper "
-            "volume, so no snapshot can hold it; put it on LVM",
-        ), None
-    if not live:
-        return item(
-            UNCOVERED,
-            None,
-            f"/dev/{device.name} bypasses the hypervisor and nothing on it is in use: no snapshot can be "
-            "taken of it; detach it, or activate the volumes on it",
-        ), None
+    method, reason = Method.GUEST_SNAPSHOT, "read through the guest, as of its snapshot"
+    if plain or not live:
+        what = f"{plain[0].what} lies on no device-mapper volume" if plain else "nothing on it is in use"
+        why = report.untracked or untracked.get(device.devno)
+        if why:
+            return item(
+                UNCOVERED,
+                None,
+                f"/dev/{device.name} bypasses the hypervisor and {what}, so no snapshot can hold it; it could be "
+                f"copied while the guest writes, but its kernel cannot track writes: {why}. Put the "
+                "filesystem on a device-mapper volume (vmbackup-guest enroll DEVICE in the guest, or LVM)",
+            ), None
+        method, reason = Method.PRE_COPY, f"{what}: copied beforehand, the rest captured in the freeze"
     host = _host_lun(disk, device, luns)
     details: dict[str, object] = {
         "target": disk.target if disk is not None else None,
@@ -310,14 +325,14 @@ def _pass_through(
     plan = DiskPlan(
         ident,
         VolumeKind.PASS_THROUGH,
-        Method.GUEST_SNAPSHOT,
+        method,
         device.size,
         device.devno,
         disk.target if disk is not None else None,
         disk.source if disk is not None else None,
         details,
     )
-    return item(CAPTURED, Method.GUEST_SNAPSHOT, "read through the guest, as of its snapshot"), plan
+    return item(CAPTURED, method, reason), plan
 
 
 def _identity(device: GuestDevice) -> str:
@@ -343,8 +358,10 @@ def _host_lun(disk: DomainDisk | None, device: GuestDevice, luns: Sequence[HostD
 
 
 def _volumes(report: GuestReport, plans: Sequence[DiskPlan]) -> tuple[SnapshotVolume, ...]:
-    """The volumes to snapshot: every one that lies at least partly on a disk captured by guest snapshot."""
-    wanted = {plan.devno for plan in plans if plan.method is Method.GUEST_SNAPSHOT and plan.devno is not None}
+    """The volumes to snapshot: every one that lies at least partly on a disk captured by guest snapshot, or on one that
+    is copied beforehand, where what a snapshot holds need not be captured in the freeze."""
+    methods = (Method.GUEST_SNAPSHOT, Method.PRE_COPY)
+    wanted = {plan.devno for plan in plans if plan.method in methods and plan.devno is not None}
     found: dict[str, SnapshotVolume] = {}
     for devno in wanted:
         for user in topology.live_users(report, devno):

@@ -19,6 +19,7 @@ from vmbackupd.job.faultpoints import reach
 from vmbackupd.job.steps import (
     inspect,
     passthrough_copy,
+    pre_copy,
     prepare,
     release,
     revert,
@@ -35,6 +36,7 @@ Step = Callable[[BackupContext], Awaitable[None]]
 STEPS: tuple[tuple[str, Step], ...] = (
     ("inspect", inspect.run),
     ("prepare", prepare.run),
+    ("pre-copy", pre_copy.run),
     ("t1-snapshot", t1_snapshot.run),
     ("passthrough-copy", passthrough_copy.run),
     ("t2-snapshot", t2_snapshot.run),

@@ -31,8 +31,9 @@ def volume(name: str, devno: str, on: list[str], rows: list[list[object]], **mor
     return device(name, devno, type="dm", size=size, slaves=on, transport="other", dm=dm, **more)
 
 
-def report(*devices: dict[str, Any]) -> GuestReport:
-    return parse_report({"boot_id": "b", "kernel": "6.1", "hostname": "web1", "devices": list(devices)})
+def report(*devices: dict[str, Any], untracked: str | None = None) -> GuestReport:
+    head = {"boot_id": "b", "kernel": "6.1", "hostname": "web1", "untracked": untracked}
+    return parse_report({**head, "devices": list(devices)})
 
 
 def disk(target: str, pci: str, **more: object) -> DomainDisk:
@@ -86,15 +87,34 @@ def test_a_lun_of_the_guests_own_initiator_is_pass_through_under_its_iqn() -> No
 
 
 @pytest.mark.parametrize(("more", "reason"), [({"mounts": DATA}, "/srv"), ({}, "nothing on it is in use")])
-def test_a_pass_through_disk_without_volumes_is_uncovered_and_can_be_allowed(more: dict[str, Any], reason: str) -> None:
+def test_a_pass_through_disk_without_volumes_is_copied_beforehand(more: dict[str, Any], reason: str) -> None:
     found = coverage.decide(domain(), report(LUN | more))
+    assert items(found) == {"iscsi:iqn.2001-04.com.example:db/1": ("captured", Method.PRE_COPY)}
+    assert reason in found.items[0].reason
+    assert found.pre_copied == found.pass_through and not found.volumes
+
+
+@pytest.mark.parametrize(("more", "reason"), [({"mounts": DATA}, "/srv"), ({}, "nothing on it is in use")])
+def test_where_the_kernel_cannot_track_it_is_uncovered_and_can_be_allowed(more: dict[str, Any], reason: str) -> None:
+    found = coverage.decide(domain(), report(LUN | more, untracked="no pinnable perf links (Linux 5.15)"))
     assert [item.decision for item in found.items] == ["uncovered"]
-    assert reason in found.items[0].reason and "/dev/sdb" in found.items[0].reason
+    for words in (reason, "/dev/sdb", "no pinnable perf links", "enroll"):
+        assert words in found.items[0].reason
     assert not found.plans
     by_name = coverage.allow(found, ["sdb"])
     by_id = coverage.allow(found, ["iscsi:iqn.2001-04.com.example:db/1"])
     assert by_name == by_id and by_name.items[0].decision == "allowed"
     assert coverage.allow(found, ["sdz"]).items[0].decision == "uncovered"
+
+
+def test_a_disk_that_the_kernel_does_not_track_is_uncovered_only_where_it_has_to_be() -> None:
+    lv = volume("vg-db", "253:1", ["8:32"], [[0, 2048, "linear", "8:32 2048"]], mounts=DATA)
+    other = LUN | {"name": "sdc", "devno": "8:32", "holders": ["253:1"], "iscsi": None, "serial": "x"}
+    why = {"8:16": "no room for its marks", "8:32": "no room for its marks"}
+    found = coverage.decide(domain(), report(LUN, other, lv), untracked=why)
+    assert {item.id: item.decision for item in found.items} == {
+        "iscsi:iqn.2001-04.com.example:db/1": "uncovered", "serial:x": "captured",
+    }  # fmt: skip
 
 
 def test_device_lun_is_pass_through_although_the_domain_names_it() -> None:
@@ -111,10 +131,10 @@ def test_device_lun_is_pass_through_although_the_domain_names_it() -> None:
     assert found.plans[0].details["host_device"] == "/dev/sdx"
 
 
-def test_a_volume_of_another_kind_of_target_is_uncovered_by_name() -> None:
+def test_a_volume_of_another_kind_of_target_is_copied_beforehand() -> None:
     thin = volume("vg-thin", "253:0", ["8:16"], [[0, 2048, "thin", "253:9 1"]], mounts=DATA)
     found = coverage.decide(domain(), report(LUN | {"holders": ["253:0"]}, thin))
-    assert [item.decision for item in found.items] == ["uncovered"]
+    assert [item.method for item in found.items] == [Method.PRE_COPY]
 
 
 MPATH_TABLE: list[list[object]] = [[0, GiB // 512, "multipath", "0 0 1 1 service-time 0 2 2 8:16 1 1 8:32 1 1"]]

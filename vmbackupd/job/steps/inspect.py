@@ -16,6 +16,7 @@ from vmbackupd.job.faultpoints import reach
 async def run(ctx: BackupContext) -> None:
     """:func:`look`, then refuse: ``UncoveredVolume`` names each device that no method captures and nobody allowed."""
     await look(ctx)
+    await _track(ctx)
     refuse_uncovered(ctx)
     ctx.observer.expect(sum(plan.size for plan in ctx.coverage.plans) if ctx.coverage else 0)
 
@@ -52,6 +53,21 @@ async def _start_helper(ctx: BackupContext) -> None:
         )
 
     await ctx.effect("helper", "stop_helper", start(), socket=socket)
+
+
+async def _track(ctx: BackupContext) -> None:
+    """Have the guest's kernel mark writes to the pass-through disks, now and until the next backup. Where it does not,
+    a disk that no snapshot can hold is uncovered."""
+    assert ctx.coverage is not None and ctx.report is not None and ctx.writer is not None
+    names = {devno: name for name, devno in ctx.coverage.pass_through_devnos.items()}
+    if not ctx.config.changes.tracking and not ctx.coverage.pre_copied:
+        await ctx.helper.untrack()
+    elif names:
+        ctx.tracked = {disk.device: disk for disk in await ctx.helper.track(ctx.writer.repository.id, names)}
+        ctx.untracked = {devno: disk.reason for devno, disk in ctx.tracked.items() if not disk.tracking}
+        ctx.coverage = coverage.decide(
+            ctx.domain, ctx.report, host_luns(), t2=ctx.t2_wish, untracked=ctx.untracked
+        )
 
 
 def refuse_uncovered(ctx: BackupContext) -> None:

@@ -1,19 +1,18 @@
-"""Copy of the pass-through volumes: the helper serves each disk as of T1 over NBD, the engine stores it."""
+"""Copy of the pass-through volumes: the helper serves each disk as of T1 over NBD, the engine stores what changed."""
 
 from __future__ import annotations
 
 import asyncio
+import secrets
 
-from vmbackupd.engine.copyloop import Progress, copy_in
-from vmbackupd.engine.nbd import NbdConnection
-from vmbackupd.errors import GuestProtocolError
-from vmbackupd.guest.client import open_data_channel
-from vmbackupd.job.context import BackupContext, Captured
+from vmbackupd.guest.client import CAPTURED, REST
+from vmbackupd.job import increment, reading
+from vmbackupd.job.context import BackupContext
 from vmbackupd.job.coverage import DiskPlan
+from vmbackupd.job.exports import bitmap, export
 from vmbackupd.job.faultpoints import reach
 from vmbackupd.job.snapshots import require_valid
-
-CONNECT_DEADLINE = 30.0
+from vmbackupd.model import Method
 
 
 async def run(ctx: BackupContext) -> None:
@@ -25,34 +24,35 @@ async def run(ctx: BackupContext) -> None:
     plans = ctx.coverage.pass_through
     if not plans:
         return
-    devnos = {plan.id: plan.devno for plan in plans if plan.devno is not None}
-    await ctx.helper.serve(f"org.vmbackupd.{ctx.job}.d0", devnos)
     for plan in plans:
-        await _copy(ctx, plan)
+        if plan.method is Method.GUEST_SNAPSHOT and plan.devno in ctx.tracked and ctx.tracked[plan.devno].tracking:
+            await increment.collect(ctx, plan.devno)  # what was marked until T1
+    key = secrets.token_bytes(32)
+    await ctx.helper.serve(ctx.data_port, ctx.coverage.pass_through_devnos, hash_key=key)
+    for plan in plans:
+        await (_finish(ctx, plan) if plan.method is Method.PRE_COPY else _copy(ctx, plan, key))
         await reach("passthrough-copy:one")
     require_valid(ctx, await ctx.helper.status())
 
 
-async def _copy(ctx: BackupContext, plan: DiskPlan) -> None:
-    assert ctx.writer is not None
-    channel = await open_data_channel(ctx.data_socket, timeout=CONNECT_DEADLINE)
-    with channel:  # the connection has its own duplicate
-        source = await asyncio.to_thread(NbdConnection, fd=channel.fileno(), export=plan.id)
-    try:
-        if source.size != plan.size:
-            raise GuestProtocolError(
-                f"VM {ctx.vm}: the helper serves {plan.id} with {source.size} bytes, its report said {plan.size}"
-            )
-        sink = ctx.writer.image(source.size)
-        progress = Progress()
-        await ctx.engine(progress, lambda: copy_in(source, sink, progress), beside=lambda: _check(ctx))
-        tree = await asyncio.to_thread(sink.finish)
-        ctx.captured[plan.id] = Captured(
-            plan, tree=tree, bytes_read=progress.bytes_read, bytes_stored=sink.bytes_stored
-        )
-    finally:
-        await asyncio.to_thread(source.close)
+async def _copy(ctx: BackupContext, plan: DiskPlan, key: bytes) -> None:
+    """A disk whose volumes are snapshotted."""
+    disk = await increment.begin(ctx, plan, key)
+    async with export(ctx, plan.id, plan.size) as source:
+        await reading.inspect_unchanged(ctx, disk, source)
+        await reading.read(ctx, disk, source, disk.changed)
+        await reading.distrust(ctx, disk, source)
+    await _store(ctx, disk)
 
 
-async def _check(ctx: BackupContext) -> None:
-    require_valid(ctx, await ctx.helper.status())
+async def _finish(ctx: BackupContext, plan: DiskPlan) -> None:
+    """A disk that was copied beforehand: what was captured in the freeze makes it T1."""
+    disk = ctx.pre_copied.pop(plan.id)
+    rest = await bitmap(ctx, plan.id + REST, disk.chunks)
+    async with export(ctx, plan.id + CAPTURED, plan.size) as source:
+        await reading.read(ctx, disk, source, rest)
+    await _store(ctx, disk)
+
+
+async def _store(ctx: BackupContext, disk: reading.Reading) -> None:
+    ctx.captured[disk.plan.id] = disk.captured(await asyncio.to_thread(disk.sink.finish))

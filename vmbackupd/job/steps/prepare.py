@@ -21,16 +21,16 @@ async def run(ctx: BackupContext) -> None:
     """Set ``ctx.scratch``, ``ctx.data_socket`` and ``ctx.volume_maps``; the guest holds inactive snapshots
     afterwards."""
     assert ctx.coverage is not None
-    if not ctx.coverage.volumes:
-        return  # every disk is captured inside the freeze: nothing to snapshot in the guest, nothing to copy out of it
-    await _attach_scratch(ctx)
-    await reach("prepare:scratch")
     if ctx.coverage.pass_through:
-        name = f"org.vmbackupd.{ctx.job}.d0"
+        name = ctx.data_port
         ctx.data_socket = await ctx.effect(
             "data", "detach_channel", ctx.hypervisor.attach_channel(ctx.domain.uuid, name), name=name
         )
     await reach("prepare:channel")
+    if not ctx.coverage.volumes:
+        return  # nothing to snapshot in the guest: every disk is captured inside the freeze
+    await _attach_scratch(ctx)
+    await reach("prepare:scratch")
     prepared = await ctx.effect(
         "snapshots",
         "release_snapshots",

@@ -14,7 +14,7 @@ from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from vmbackupd.errors import BackupError, FreezeBudgetExceeded, TopologyChanged
+from vmbackupd.errors import BackupError, FreezeBudgetExceeded, GuestHelperError, NotConverging, TopologyChanged
 from vmbackupd.host.udev import host_luns
 from vmbackupd.job import bitmaps, coverage, fleecing, overlays
 from vmbackupd.job.context import BackupContext, uninterrupted
@@ -25,6 +25,7 @@ from vmbackupd.model import T2, Method
 T = TypeVar("T")
 
 DEADMAN_MARGIN = 1.0  # seconds past the budget: a thaw of ours that comes in time is not overtaken by the guest's own
+CAPTURE_SHARE = 0.8  # of what is left of the budget may go into the capture, so that the thaw comes in time
 STRAGGLER_DEADLINE = 60.0  # seconds an operation that overran the budget may still take to end, after the thaw
 
 
@@ -36,10 +37,15 @@ class _Freeze:
     began: float = field(default_factory=time.monotonic)
     stragglers: list[asyncio.Future[object]] = field(default_factory=list)
 
+    @property
+    def left(self) -> float:
+        """Seconds of the budget."""
+        return max(0.0, self.began + self.budget - time.monotonic())
+
     async def within(self, work: Awaitable[T]) -> T:
         """The result of ``work``. Raises ``TimeoutError`` when the budget runs out first; ``work`` goes on."""
         task = asyncio.ensure_future(work)
-        await asyncio.wait({task}, timeout=max(0.0, self.began + self.budget - time.monotonic()))
+        await asyncio.wait({task}, timeout=self.left)
         if not task.done():
             self.stragglers.append(task)  # type: ignore[arg-type]
             raise TimeoutError
@@ -71,7 +77,9 @@ async def _require_same_devices(ctx: BackupContext) -> None:
     assert ctx.report is not None and ctx.coverage is not None
     domain = await ctx.hypervisor.domain(ctx.domain.uuid)
     report = await ctx.helper.probe()
-    decided = coverage.decide(domain, report, host_luns(), own=ctx.job, t2=ctx.t2_wish)
+    decided = coverage.decide(
+        domain, report, host_luns(), own=ctx.job, t2=ctx.t2_wish, untracked=ctx.untracked
+    )
     now = coverage.allow(decided, ctx.options.allow_uncovered)
     differing = coverage.difference(ctx.coverage, now) or _host_change(ctx)
     if report.boot_id != ctx.report.boot_id:
@@ -93,7 +101,7 @@ def _host_change(ctx: BackupContext) -> str | None:
 
 async def _frozen_section(ctx: BackupContext, paths: dict[str, str], served: dict[str, str]) -> None:
     """Freeze, snapshot, thaw, whatever happens between; not to be interrupted: a cancellation waits for the thaw."""
-    budget = ctx.options.freeze_budget or ctx.config.guest.freeze_budget
+    budget = ctx.freeze_budget
     await ctx.helper.arm(budget + DEADMAN_MARGIN)
     ctx.entries["thaw"] = ctx.journal.record("thaw")
     freeze = _Freeze(budget)
@@ -135,9 +143,29 @@ async def _snapshot_frozen(
     if ctx.coverage.volumes:
         snap = await freeze.within(ctx.helper.snap())
         ctx.t1, ctx.suspend_ms = snap.t1, snap.suspend_ms
+    if ctx.coverage.pre_copied:
+        await _capture(ctx, freeze)
     ctx.t1 = ctx.t1 or time.time()
     await freeze.within(reach("t1-snapshot:snapped"))
     if paths:
         await freeze.within(ctx.hypervisor.snapshot(ctx.domain.uuid, paths))
     if served:
         await freeze.within(fleecing.begin(ctx, served))
+
+
+async def _capture(ctx: BackupContext, freeze: _Freeze) -> None:
+    """Have the guest keep in its memory what was written to pre-copied disks since the last round."""
+    assert ctx.coverage is not None
+    devnos = [plan.devno for plan in ctx.coverage.pre_copied if plan.devno is not None]
+    names = ", ".join(plan.id for plan in ctx.coverage.pre_copied)
+    try:
+        captured = await freeze.within(ctx.helper.capture(devnos, deadline=freeze.left * CAPTURE_SHARE))
+    except GuestHelperError as error:
+        if error.reason not in ("TooMuch", "NotStill"):
+            raise
+        raise NotConverging(
+            f"VM {ctx.vm}: what the guest wrote last to {names} could not be captured in the freeze: {error}. Run the "
+            "backup at a quieter time, or allow a longer freeze (--freeze-budget) and more memory ([guest] "
+            "capture_limit)"
+        ) from error
+    ctx.t1 = ctx.t1 or captured.t1
