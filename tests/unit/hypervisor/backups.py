@@ -17,14 +17,14 @@ from vmbackupd.job.context import BackupContext
 from vmbackupd.job.journal import Header, Journal
 from vmbackupd.job.observer import JobObserver
 from vmbackupd.job.options import BackupOptions
-from vmbackupd.job.steps import release, seal, t1_snapshot, t2_snapshot, vdisk_backup
+from vmbackupd.job.steps import release, revert, seal, t1_snapshot, t2_snapshot, vdisk_backup
 from vmbackupd.job.undo import UndoContext
 from vmbackupd.model import VolumeRecord
 from vmbackupd.repository import Repository, RepositoryWriter
 from vmbackupd.repository.manifest import Manifest
 
 STEPS = (("t1-snapshot", t1_snapshot.run), ("t2-snapshot", t2_snapshot.run), ("vdisk-backup", vdisk_backup.run),
-         ("release", release.run), ("seal", seal.run))
+         ("revert", revert.run), ("release", release.run), ("seal", seal.run))
 
 
 Work = Callable[[Hypervisor], Awaitable[Manifest]]
@@ -38,8 +38,10 @@ async def answer(uuid: str, command: str, arguments: object = None, *, timeout: 
 class Idle:
     """The helper in a guest that uses none of its disks."""
 
+    devices: tuple[dict[str, object], ...] = ()
+
     async def probe(self) -> GuestReport:
-        return parse_report({"boot_id": "b", "kernel": "6.1", "hostname": "web1", "devices": []})
+        return parse_report({"boot_id": "b", "kernel": "6.1", "hostname": "web1", "devices": list(self.devices)})
 
     async def arm(self, seconds: float) -> None:
         pass
@@ -61,6 +63,7 @@ class Backups:
         self.number = 0
         self.warnings: list[str] = []
         self.during: Callable[[], None] = lambda: None  # called when the disks are still, or served
+        self.helper = Idle()
         (machine.dir / "run").mkdir()
         (machine.dir / "channels").mkdir()
 
@@ -96,8 +99,8 @@ class Backups:
         undo = UndoContext(hv, job, domain.name, domain.uuid)
         ctx = BackupContext(job, domain.name, options, config, hv, JobObserver(lambda _: None), journal, undo, domain,
                             UdevWatch(), writer, Bases(self.repository, writer, domain.uuid))
-        ctx.undo.helper = cast(Any, Idle())
-        ctx.report = await Idle().probe()
+        ctx.undo.helper = cast(Any, self.helper)
+        ctx.report = await self.helper.probe()
         ctx.coverage = coverage.decide(domain, ctx.report, (), t2=ctx.t2_wish)
         helper = journal.record("unlink", socket=f"{self.machine.dir}/channels/c", path=f"{self.machine.dir}/none")
         ctx.entries["helper"] = helper
@@ -112,5 +115,6 @@ class Backups:
         return ctx
 
     def image(self, record: VolumeRecord) -> bytes:
+        """The disk at T1."""
         assert record.tree is not None
         return self.repository.image(record.tree).read(0, record.size)

@@ -6,16 +6,20 @@ import json
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.unit.hypervisor.backups import Backups, answer
-from tests.unit.hypervisor.machine import Machine, create, disk, tool, with_hypervisor
+from tests.integration.restore_kit import build_store
+from tests.unit.hypervisor.backups import Backups, Idle, answer
+from tests.unit.hypervisor.machine import SCSI, Machine, create, disk, tool, with_hypervisor
 from vmbackupd.errors import BackupError, HypervisorError, NotRunning
+from vmbackupd.guest.replies import HelperStatus, SnapResult, VolumeStatus
 from vmbackupd.hypervisor.base import bitmap_name
 from vmbackupd.hypervisor.libvirt import LibvirtHypervisor
 from vmbackupd.job import fleecing
-from vmbackupd.model import T2, Change
+from vmbackupd.job.context import BackupContext
+from vmbackupd.model import T2, Change, Method, Segment, VolumeMap
 from vmbackupd.repository import LocalStorage, Repository
 
 CHUNK = 1 << 16
@@ -176,3 +180,87 @@ def test_a_scratch_file_system_that_fills_up_costs_the_backup_and_not_the_guest(
         write(backups, 3, "0", "8M")  # the guest does not notice
     finally:
         subprocess.run(["umount", str(scratch)], check=True)
+
+
+# --- disks that are snapshotted in the guest at T1, cut at T2 and set back
+
+
+SCRATCH = "sda"
+VOLUME = VolumeMap("vg-data", 16 << 20, 0, 8 << 20, (Segment(0, "vda", 1 << 20, 16 << 20),))
+
+
+class Snapshotting(Idle):
+    """The helper in a guest with a logical volume on vda; ``between`` is what the guest does between T1 and T2."""
+
+    devices = (
+        {"name": "vda", "devno": "254:0", "type": "disk", "size": 32 << 20, "logical_block": 512, "read_only": False,
+         "removable": False, "transport": "virtio", "slaves": [], "holders": ["253:0"], "mounts": [], "swap": False,
+         "serial": "data"},
+        {"name": "dm-0", "devno": "253:0", "type": "dm", "size": VOLUME.size, "logical_block": 512, "read_only": False,
+         "removable": False, "transport": "other", "slaves": ["254:0"], "holders": [], "swap": False,
+         "mounts": [{"path": "/srv", "fstype": "ext4", "options": "rw"}],
+         "dm": {"name": "vg-data", "uuid": "LVM-x", "table": [[0, VOLUME.size // 512, "linear", "254:0 2048"]]}},
+    )
+
+    def __init__(self) -> None:
+        self.between: Callable[[], None] = lambda: None
+
+    async def snap(self) -> SnapResult:
+        return SnapResult(1.0, 2.0, 3.0)
+
+    async def status(self) -> HelperStatus:
+        between, self.between = self.between, lambda: None
+        between()
+        return HelperStatus("b", (VolumeStatus("253:0", True, 0, 1, 0, True),))
+
+    async def release(self) -> list[str]:
+        return []
+
+
+class Reverting(Backups):
+    """``store``: what the COW store of the next backup holds, chunk of the volume (16 KiB) -> content at T1."""
+
+    def __init__(self, machine: Machine, repository: Repository) -> None:
+        super().__init__(machine, repository, lambda work: with_hypervisor(machine.host.uri, work, Answering))
+        self.helper = self.snapshots = Snapshotting()
+        self.store: dict[int, bytes] = {}
+
+    async def _context(self, *words: Any) -> BackupContext:
+        ctx = await super()._context(*words)
+        path = self.machine.dir / f"scratch.j{self.number}.qcow2"
+        raw = self.machine.dir / "store.raw"
+        raw.write_bytes(build_store(self.store, VOLUME.store_length))
+        tool("qemu-img", "convert", "-O", "qcow2", str(raw), str(path))
+        ctx.entries["scratch-file"] = ctx.journal.record("unlink", path=str(path))
+        ctx.entries["scratch"] = ctx.journal.record("detach_scratch", path=str(path))
+        ctx.entries["snapshots"] = ctx.journal.record("release_snapshots", socket="")
+        serial = f"<serial>vmbk-{ctx.job}</serial></disk>"
+        self.machine.dom.attachDevice(disk(path, SCRATCH, bus="scsi").replace("</disk>", serial))
+        ctx.scratch, ctx.scratch_target, ctx.volume_maps = str(path), SCRATCH, (VOLUME,)
+        return ctx
+
+
+@pytest.mark.parametrize("t2", [T2.EXTERNAL, T2.FLEECE])
+def test_what_was_set_back_is_read_again(new_machine: Callable[..., Machine], tmp_path: Path, t2: T2) -> None:
+    """The guest overwrites a chunk between T1 and T2: this backup holds the old content, the next one the new, though
+    nobody touched it since."""
+    data = disk(create(tmp_path / "a.qcow2"), "vda").replace("</disk>", "<serial>data</serial></disk>")
+    machine = new_machine(SCSI + data + disk(create(tmp_path / "b.qcow2"), "vdb"))
+    storage = LocalStorage(tmp_path / "repository")
+    storage.create()
+    backups = Reverting(machine, Repository.create(storage))
+    write(backups, 1, "0", "4M")
+    first = backups.take("[changes]\naudit = 0", t2=t2)
+    assert (first["vda"].method, first["vdb"].method) == (Method.GUEST_SNAPSHOT, Method.FREEZE_WINDOW)
+    assert (first["vda"].details["t2"], first["vdb"].details["t2"]) == (t2.value, "external")
+    at = 3 << 20  # on the disk; the volume begins at 1 MiB
+    backups.store = {(2 << 20 >> 14) + part: b"\1" * 16384 for part in range(4)}
+    backups.snapshots.between = lambda: machine.write("virtio-disk0", 2, str(at), "64k")
+    second = backups.take("[changes]\naudit = 0", t2=t2)["vda"]
+    assert second.reverted_chunks > 0 and second.change.method is Change.BITMAP
+    assert backups.image(second)[at] == 1
+    backups.store = {}
+    third = backups.take("[changes]\naudit = 0", t2=t2)["vda"]
+    assert third.change.base == "web1-2" and third.change.chunks == 1
+    assert set(backups.image(third)[at:at + CHUNK]) == {2}
+    assert "vmbk-j" not in machine.dom.XMLDesc(0)
