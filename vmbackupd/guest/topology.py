@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from vmbackupd.units import SECTOR
 
 MAX_SEGMENTS = 2**20
 _DEEPEST = 32
+_NAMED = 6  # volumes named in a reason
 OURS = "VMBK-"  # how the uuids of the helper's own device-mapper devices begin
 
 
@@ -110,6 +111,20 @@ def live_users(report: GuestReport, devno: str) -> tuple[LiveUser, ...]:
             found.setdefault((user.devno, user.what, user.volume), user)
         queue += upward
     return tuple(sorted(found.values(), key=lambda user: (user.devno, user.what, user.volume or "")))
+
+
+def held_by(report: GuestReport, users: Iterable[LiveUser]) -> str:
+    """The volumes that are snapshotted for users of a disk, in words."""
+    volumes = (report.by_devno(user.volume) for user in users if user.volume is not None)
+    names = sorted({volume.dm.name for volume in volumes if volume is not None and volume.dm is not None})
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def why_not_held(report: GuestReport, user: LiveUser) -> str:
+    """Why no snapshot in the guest holds a user of a disk that has no volume, in words."""
+    reason = why_not_flat(report, user.devno)
+    return f"{user.what} lies on no volume that can be snapshotted in the guest" + (f" ({reason})" if reason else "")
 
 
 def top_volumes(report: GuestReport) -> tuple[GuestDevice, ...]:

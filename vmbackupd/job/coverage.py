@@ -270,13 +270,13 @@ def _why_no_hypervisor_snapshot(disk: DomainDisk, t2: T2) -> str | None:
 def _virtual_method(report: GuestReport, device: GuestDevice | None) -> tuple[Method, str]:
     if device is None:
         return Method.FREEZE_WINDOW, "the guest does not use it"
-    live = topology.live_users(report, device.devno)
+    live = _users(report, device.devno)
     plain = [user for user in live if user.volume is None]
     if plain:
-        return Method.FREEZE_WINDOW, f"{plain[0].what} cannot be snapshotted in the guest"
+        return Method.FREEZE_WINDOW, topology.why_not_held(report, plain[0])
     if not live:
         return Method.FREEZE_WINDOW, "nothing on it is in use"
-    return Method.GUEST_SNAPSHOT, "all that lives on it are device-mapper volumes"
+    return Method.GUEST_SNAPSHOT, f"snapshots in the guest hold all that lives on it: {topology.held_by(report, live)}"
 
 
 def _pass_through(
@@ -289,23 +289,25 @@ def _pass_through(
     """A disk that only the guest can read."""
     ident = disk.target if disk is not None else _identity(device)
     name = f"{disk.target} = {device.name}" if disk is not None else device.name
-    live = topology.live_users(report, device.devno)
+    live = _users(report, device.devno)
     plain = [user for user in live if user.volume is None]
 
     def item(decision: str, method: Method | None, reason: str) -> CoverageRecord:
         return CoverageRecord(ident, name, VolumeKind.PASS_THROUGH, device.size, method, decision, reason)
 
-    method, reason = Method.GUEST_SNAPSHOT, "read through the guest, as of its snapshot"
-    if plain or not live:
-        what = f"{plain[0].what} lies on no device-mapper volume" if plain else "nothing on it is in use"
+    method, reason = Method.GUEST_SNAPSHOT, f"read from snapshots in the guest: {topology.held_by(report, live)}"
+    if not live and topology.live_users(report, device.devno):
+        reason = "nothing but swap is on it: it is read as it is, what it holds ends with the boot"
+    elif plain or not live:
+        what = topology.why_not_held(report, plain[0]) if plain else "nothing on it is in use"
         why = report.untracked or untracked.get(device.devno)
         if why:
             return item(
                 UNCOVERED,
                 None,
-                f"/dev/{device.name} bypasses the hypervisor and {what}, so no snapshot can hold it; it could be "
-                f"copied while the guest writes, but its kernel cannot track writes: {why}. Put the "
-                "filesystem on a device-mapper volume (vmbackup-guest enroll DEVICE in the guest, or LVM)",
+                f"/dev/{device.name} bypasses the hypervisor, and {what}; it could be copied while the guest writes, "
+                f"but the guest's kernel cannot track writes: {why}. Put what is on it on a device-mapper volume "
+                "(vmbackup-guest enroll DEVICE in the guest, or LVM)",
             ), None
         method, reason = Method.PRE_COPY, f"{what}: copied beforehand, the rest captured in the freeze"
     host = _host_lun(disk, device, luns)
@@ -333,6 +335,11 @@ def _pass_through(
         details,
     )
     return item(CAPTURED, method, reason), plan
+
+
+def _users(report: GuestReport, devno: str) -> list[topology.LiveUser]:
+    """Who uses a disk, but for swap: what it holds ends with the boot."""
+    return [user for user in topology.live_users(report, devno) if user.kind != "swap"]
 
 
 def _identity(device: GuestDevice) -> str:
@@ -364,7 +371,7 @@ def _volumes(report: GuestReport, plans: Sequence[DiskPlan]) -> tuple[SnapshotVo
     wanted = {plan.devno for plan in plans if plan.method in methods and plan.devno is not None}
     found: dict[str, SnapshotVolume] = {}
     for devno in wanted:
-        for user in topology.live_users(report, devno):
+        for user in _users(report, devno):
             if user.volume is not None:
                 volume = report.by_devno(user.volume)
                 assert volume is not None and volume.dm is not None

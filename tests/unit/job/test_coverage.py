@@ -171,6 +171,36 @@ def test_a_lun_seen_twice_without_multipath_is_uncovered_the_second_time() -> No
     assert "sdb again" in found.items[1].reason and "multipathd" in found.items[1].reason
 
 
+def test_swap_is_not_snapshotted_and_needs_no_instant() -> None:
+    pv = device("vdb", "254:16", pci="0000:02:00.0", holders=["253:0", "253:1"])
+    swap = volume("vg-swap", "253:1", ["254:16"], [[0, 64, "linear", "254:16 4096"]], swap=True)
+    found = coverage.decide(
+        domain(disk("vdb", "0000:02:00.0")), report(pv, DATA_LV, swap, LUN | {"swap": True}), untracked={"8:16": "old"}
+    )
+    assert [item.method for item in found.items] == [Method.GUEST_SNAPSHOT, Method.GUEST_SNAPSHOT]
+    assert [item.name for item in found.volumes] == ["vg-data"]
+    assert "swap" in found.items[1].reason
+
+
+def test_reasons_name_the_volumes_and_what_hides_the_bytes() -> None:
+    pv = device("vdb", "254:16", pci="0000:02:00.0", holders=["253:0"])
+    legs = [
+        volume(
+            f"vg-r_{leg}", f"253:{number}", ["254:16"], [[0, 64, "linear", f"254:16 {64 * number}"]], holders=["253:9"]
+        )
+        for number, leg in enumerate(("rmeta_0", "rimage_0"), 2)
+    ]
+    raid = volume("vg-r", "253:9", ["253:2", "253:3"], [[0, 64, "raid", "raid1 1 0 1 253:2 253:3"]], mounts=DATA)
+    crypt = volume("secret", "253:8", ["8:16"], [[0, 64, "crypt", "aes - 0 8:16 0"]], mounts=DATA)
+    found = coverage.decide(
+        domain(disk("vdb", "0000:02:00.0")),
+        report(pv | {"holders": ["253:2", "253:3"]}, *legs, raid, LUN | {"holders": ["253:8"]}, crypt),
+    )
+    assert found.items[0].reason.endswith("vg-r_rimage_0, vg-r_rmeta_0")
+    assert [item.name for item in found.volumes] == ["vg-r_rmeta_0", "vg-r_rimage_0"]
+    assert "secret has a device-mapper target crypt" in found.items[1].reason
+
+
 def test_what_needs_no_capture_is_excluded_with_its_reason() -> None:
     cdrom = disk("sdc", "0000:09:00.0", device="cdrom", bus="sata")
     ram = device("zram0", "252:0", type="zram", transport="other")
@@ -196,7 +226,8 @@ def kinds(wish: T2, root: DiskSource | None = None, data: DiskSource | None = No
     changed = [{} if source is None else {"source": source} for source in (root, data)]
     found = coverage.decide(
         domain(disk("vda", "0000:01:00.0", **changed[0]), disk("vdb", "0000:02:00.0", **changed[1])),
-        report(PLAIN_ROOT, DATA_DISK, DATA_LV), t2=wish,
+        report(PLAIN_ROOT, DATA_DISK, DATA_LV),
+        t2=wish,
     )
     assert {item.id: item.method for item in found.items} == {plan.id: plan.method for plan in found.plans}
     told = {item.id for item in found.items if item.reason.endswith("; served by QEMU")}
