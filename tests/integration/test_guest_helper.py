@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import filecmp
-import os
 import secrets
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -180,7 +180,7 @@ def test_one_instant(lab: Lab, request: pytest.FixtureRequest, tmp_path: Path, k
         assert "vmbk" not in "".join(
             user.what for device in (await helper.probe()).devices for user in topology.live_users(report, device.devno)
         )
-        luns = {lun.path: number for lun, number in _luns(guest, report)}
+        luns = luns_of(guest, report)
         assert set(luns.values()) <= disks_of(report, volumes) and luns
         await helper.arm(60)
         async with frozen(rig):
@@ -214,34 +214,40 @@ def test_one_instant(lab: Lab, request: pytest.FixtureRequest, tmp_path: Path, k
     workload.check()
 
 
-def _luns(guest: Guest, report: GuestReport) -> list[tuple[object, str]]:
-    """The guest's LUNs with their device numbers."""
-    found = []
-    for device in report.devices:
-        for lun in guest.luns.values():
-            if device.type == "disk" and device.serial == lun.serial:
-                found.append((lun, device.devno))
-    return found
+def luns_of(guest: Guest, report: GuestReport) -> dict[Path, str]:
+    """The guest's LUNs: their files on the host, and their device numbers in the guest."""
+    return {
+        lun.path: device.devno
+        for device in report.devices
+        for lun in guest.luns.values()
+        if device.type == "disk" and device.serial == lun.serial
+    }
+
+
+async def fetch(path: str, export: str, target: Path) -> None:
+    """Copy an export of the data port ``path`` into a file."""
+    loop = asyncio.get_running_loop()
+
+    def connect() -> socket.socket:
+        return asyncio.run_coroutine_threadsafe(open_data_channel(path, timeout=30), loop).result()
+
+    with Relay(target.with_suffix(".nbd"), connect) as relay:
+        began = time.monotonic()
+        command = ["nbdcopy", relay.uri % export.replace("#", "%23"), str(target)]
+        done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    print(f"{export}: {target.stat().st_size} bytes in {time.monotonic() - began:.1f} s")
+    target.with_suffix(".nbd").unlink()
 
 
 async def _compare(rig: Rig, helper: GuestHelper, luns: Mapping[Path, str], directory: Path) -> None:
     """Each LUN over NBD is the file as it was; the file itself has gone on."""
     path = await rig.hypervisor.attach_channel(rig.guest.uuid, rig.data)
     await helper.serve(rig.data, {f"lun{number}": devno for number, devno in enumerate(luns.values())})
-    loop = asyncio.get_running_loop()
     changed = []
-
-    def connect() -> object:
-        return asyncio.run_coroutine_threadsafe(open_data_channel(path, timeout=30), loop).result()
-
     for number, source in enumerate(luns):
         copy = directory / f"copy-{number}"
-        with Relay(directory / f"nbd{number}", connect) as relay:  # type: ignore[arg-type]
-            began = time.monotonic()
-            command = ["nbdcopy", relay.uri % f"lun{number}", str(copy)]
-            done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=120)
-            assert done.returncode == 0, done.stderr
-            print(f"{source.name}: {os.stat(copy).st_size >> 20} MiB in {time.monotonic() - began:.1f} s")
+        await fetch(path, f"lun{number}", copy)
         assert filecmp.cmp(copy, directory / f"t1-{number}", shallow=False), f"{source} is not as it was at T1"
         changed.append(not filecmp.cmp(copy, source, shallow=False))
     assert any(changed), "nothing was written meanwhile: this proves nothing"
