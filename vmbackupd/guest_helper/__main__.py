@@ -17,8 +17,8 @@ import signal
 import sys
 
 # Everything is imported now: while a root filesystem is suspended nothing can be.
-from . import control, devices, enroll, memory, params, processes, release
-from .dm import Dm
+from . import control, enroll, memory, params, processes, release
+from .dm import Dm, present
 from .failures import HelperError
 from .port import Port, open_port
 from .tracker import Trackers
@@ -80,8 +80,7 @@ def _release(job: str) -> None:
         job = job[len(PORT[0]) : -len(PORT[1])]
     job = params.job_id(job)
     processes.end_helpers(job.join(PORT))
-    dm = Dm() if devices.read("/sys/class/misc/device-mapper/dev") else None
-    for name in release.release(dm, job) if dm is not None else []:
+    for name in release.release(Dm(), job) if present() else []:
         print(name)
 
 

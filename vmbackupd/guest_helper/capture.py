@@ -7,8 +7,9 @@ in snapshots need no memory, the snapshots keep them.
 """
 
 import bisect
+import threading
 import time
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
 from . import memory
 from .bitmaps import CHUNK, Run, chunks_of, length, mark, runs
@@ -16,25 +17,29 @@ from .failures import HelperError
 from .image import PIECE, Image, Source
 from .tracker import Trackers
 
+LANES = 4  # reads at once
+STACK = 512 << 10  # bytes for each but the first: all of it is locked
+
 
 class CapturedDisk(Source):
     """A disk with what was taken of it in the freeze: the chunks of ``rest`` as they were then, others as the image has
     them now."""
 
-    def __init__(self, device: str, image: Image, store: memoryview) -> None:
-        self.device, self.size = device, image.size
-        self.rest = bytearray(length(chunks_of(image.size)))
+    def __init__(self, device: str, images: Sequence[Image], store: memoryview) -> None:
+        """``images``: the disk once for each lane, as only one thread may read each."""
+        self.device, self.size = device, images[0].size
+        self.rest = bytearray(length(chunks_of(self.size)))
         """The chunks that were marked, with those that lie in snapshots."""
         self.slots: Dict[int, int] = {}
         """Chunk of the disk → chunk of the store."""
-        self._image, self._store = image, store
-        self._live = _chunks(image.live())
+        self._images, self._store = images, store
+        self._live = _chunks(images[0].live())
         self._ends = [end for _, end in self._live]
 
     @property
     def mixed(self) -> bool:
         """Whether snapshots show some of it."""
-        return sum(end - start for start, end in self._image.live()) < self.size
+        return sum(end - start for start, end in self._images[0].live()) < self.size
 
     def uncovered(self, spans: List[Run]) -> List[Run]:
         """What of the spans does not lie in snapshots as a whole."""
@@ -46,25 +51,28 @@ class CapturedDisk(Source):
                 at += 1
         return found
 
-    def take(self, first: int, end: int, free: int) -> int:
-        """Read the chunks ``first`` to ``end - 1`` into the slots they have, or into those from ``free`` on; returns
-        how many of these. At most PIECE bytes. Raises ``OSError``."""
-        used = 0
-        while first < end:
-            slot, count = self.slots.get(first), 1
-            if slot is None:
-                slot = free + used
-                while first + count < end and first + count not in self.slots:
-                    count += 1
-                for number in range(count):
-                    self.slots[first + number] = slot + number
-                used += count
-            start = first * CHUNK
-            size = min(start + count * CHUNK, self.size) - start
-            with self._store[slot * CHUNK : slot * CHUNK + size] as place:  # none may outlive the store
-                self._image.read_into(start, place)
-            first += count
-        return used
+    def place(self, spans: List[Run], free: int) -> List["Read"]:
+        """Reads of the spans into the slots their chunks have, or into those from ``free`` on."""
+        reads = []
+        for first, end in spans:
+            while first < end:
+                slot, over = self.slots.get(first), first + 1
+                if slot is None:
+                    slot = free
+                    while over < end and over - first < PIECE // CHUNK and over not in self.slots:
+                        over += 1
+                    self.slots.update(zip(range(first, over), range(slot, slot + over - first)))
+                    free += over - first
+                reads.append(Read(self, first, over, slot))
+                first = over
+        return reads
+
+    def take(self, lane: int, read: "Read") -> None:
+        """Raises ``OSError``."""
+        start = read.first * CHUNK
+        size = min(read.end * CHUNK, self.size) - start
+        with self._store[read.slot * CHUNK : read.slot * CHUNK + size] as place:  # none may outlive the store
+            self._images[lane].read_into(start, place)
 
     def read(self, offset: int, length: int) -> bytes:
         found, end = [], offset + length
@@ -75,7 +83,7 @@ class CapturedDisk(Source):
                 over += 1
             stop = min(over * CHUNK, end)
             if slot is None:
-                found.append(self._image.read(offset, stop - offset))
+                found.append(self._images[0].read(offset, stop - offset))
             else:
                 at = slot * CHUNK + within
                 found.append(bytes(self._store[at : at + stop - offset]))
@@ -83,20 +91,31 @@ class CapturedDisk(Source):
         return b"".join(found)
 
 
+class Read(NamedTuple):
+    """Chunks ``first`` to ``end - 1`` of a disk, at most PIECE bytes, go to ``slot`` and those behind it."""
+
+    disk: CapturedDisk
+    first: int
+    end: int
+    slot: int
+
+
 class Capture:
     """The disks to be captured in the next freeze, and the memory for what is taken of them."""
 
-    def __init__(self, images: Dict[str, Image], limit: int, close: Callable[[], None] = lambda: None) -> None:
-        """``limit``: bytes of memory; ``close`` lets go of the images. Raises ``HelperError`` when the guest cannot
-        spare the memory."""
+    def __init__(
+        self, disks: Mapping[str, Sequence[Image]], limit: int, close: Callable[[], None] = lambda: None
+    ) -> None:
+        """``disks``: each once for every lane that reads at the same time; ``limit``: bytes of memory; ``close`` lets
+        go of the images. Raises ``HelperError`` when the guest cannot spare the memory."""
         self._slots, self._close = grant(limit) // CHUNK, close
         if not self._slots:
             raise HelperError("NoMemory", "the guest has no memory to spare for a capture of its disks")
         self._memory = memory.reserve(self._slots * CHUNK)
         self._store = memoryview(self._memory)
-        self._used = 0
         self.taken = False
-        self.disks = {device: CapturedDisk(device, image, self._store) for device, image in images.items()}
+        self._lanes = min(len(images) for images in disks.values()) if disks else 0
+        self.disks = {device: CapturedDisk(device, images, self._store) for device, images in disks.items()}
 
     def close(self) -> None:
         """Give the memory back, and let go of the disks."""
@@ -121,8 +140,7 @@ class Capture:
             wanted = self._wanted(trackers.marked(self.disks))
             while any(wanted.values()):
                 self._require_room(wanted)
-                for device, spans in wanted.items():
-                    self._read(self.disks[device], spans, deadline)
+                self._read(wanted, deadline)
                 found = trackers.marked(self.disks)
                 wanted = self._wanted(found)
                 for device, spans in found.items():
@@ -142,8 +160,12 @@ class Capture:
                 mark(self.disks[device].rest, first, end)
         return {device: self.disks[device].uncovered(spans) for device, spans in found.items()}
 
+    def _used(self) -> int:
+        """Slots that are taken: the first ones."""
+        return sum(len(disk.slots) for disk in self.disks.values())
+
     def _require_room(self, wanted: Dict[str, List[Run]]) -> None:
-        free = self._slots - self._used
+        free = self._slots - self._used()
         for device, spans in wanted.items():
             slots = self.disks[device].slots
             for chunk in (chunk for first, end in spans for chunk in range(first, end)):
@@ -153,15 +175,41 @@ class Capture:
                     message = "%d bytes are still to be taken, with memory for %d" % (size, self.limit)
                     raise HelperError("TooMuch", message)
 
-    def _read(self, disk: CapturedDisk, spans: List[Run], deadline: float) -> None:
-        for first, end in spans:
-            for start in range(first, end, PIECE // CHUNK):
-                if time.monotonic() > deadline:
-                    raise HelperError("NotStill", "%s could not be captured in the time for it" % disk.device)
-                try:
-                    self._used += disk.take(start, min(start + PIECE // CHUNK, end), self._used)
-                except OSError as error:
-                    raise HelperError("ReadFailed", "%s: %s" % (disk.device, error.strerror))
+    def _read(self, wanted: Dict[str, List[Run]], deadline: float) -> None:
+        """Several at once: what a read of a LUN takes is mostly waiting."""
+        reads: List[Read] = []
+        for device, spans in wanted.items():
+            reads += self.disks[device].place(spans, self._used())
+        reads.reverse()
+        failures: List[HelperError] = []
+        others = [
+            threading.Thread(target=_drive, args=(lane, reads, deadline, failures)) for lane in range(1, self._lanes)
+        ]
+        threading.stack_size(STACK)
+        for thread in others:
+            thread.start()
+        threading.stack_size(0)
+        _drive(0, reads, deadline, failures)
+        for thread in others:
+            thread.join()
+        if failures:
+            raise failures[0]
+
+
+def _drive(lane: int, reads: List[Read], deadline: float, failures: List[HelperError]) -> None:
+    """One lane: takes from the end of ``reads`` until there are none, or one has failed."""
+    while reads and not failures:
+        if time.monotonic() > deadline:
+            failures.append(HelperError("NotStill", "the disks could not be captured in the time for it"))
+            return
+        try:
+            read = reads.pop()
+        except IndexError:
+            return  # another lane was faster
+        try:
+            read.disk.take(lane, read)
+        except OSError as error:
+            failures.append(HelperError("ReadFailed", "%s: %s" % (read.disk.device, error.strerror)))
 
 
 def grant(limit: int) -> int:

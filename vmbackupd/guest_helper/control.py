@@ -9,8 +9,8 @@ from typing import Any, Callable, Dict, List, Optional
 
 from . import HELPER_VERSION, PROTOCOL, devices, memory, release, watchdog
 from .bitmaps import CHUNK
-from .capture import Capture
-from .dm import Dm
+from .capture import LANES, Capture
+from .dm import Dm, present
 from .exports import Disks, Known
 from .failures import HelperError, clip
 from .params import Params, boolean, devno, integer, job_id, number, objects, text
@@ -189,11 +189,17 @@ class Control:
         for device in devices:
             if self._trackers.changed(device) is None:
                 raise HelperError("NotTracked", "nobody tracks the writes to %s: it cannot be captured" % device)
-        disks = Disks(self._dm, self._snapshot)
+        lanes = [Disks(self._dm, self._snapshot) for _ in range(LANES)]
+
+        def close() -> None:
+            for disks in lanes:
+                disks.close()
+
         try:
-            self._capture = Capture({device: disks.image(device) for device in devices}, limit, disks.close)
+            images = {device: [disks.image(device) for disks in lanes] for device in devices}
+            self._capture = Capture(images, limit, close)
         except BaseException:
-            disks.close()
+            close()
             raise
         memory.set_oom_score(-1000)
         return {"limit": self._capture.limit}
@@ -224,7 +230,7 @@ class Control:
     def _serve(self, params: Params) -> Dict[str, Any]:
         if self._snapshot is not None and not self._snapshot.taken and not boolean(params, "live"):
             raise HelperError("WrongState", "the snapshots are not taken yet")
-        known = Known(self._dm, self._snapshot, self._capture, self._trackers.changed, self._trackers.fresh)
+        known = Known(self._dm, self._snapshot, self._capture, self._trackers)
         self._serving.start(params, known, self._port.close)
         return {}
 
@@ -251,7 +257,7 @@ class Control:
             self._disarm({})
         self._serving.stop()
         self._drop_capture()
-        removed = release.release(self._device_mapper(), job)
+        removed = release.release(self._device_mapper(), job) if present() else []
         if self._snapshot is None or self._snapshot.job == job:
             self._snapshot = None
             memory.unlock()

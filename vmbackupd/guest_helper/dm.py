@@ -115,6 +115,11 @@ def _row(row: Target) -> bytes:
     return _TARGET.pack(row.start, row.length, 0, _TARGET.size + len(text), row.kind.encode()) + text
 
 
+def present() -> bool:
+    """Whether the kernel has device-mapper, loaded. Where it has not, there is nothing of ours in it."""
+    return os.path.exists("/sys/class/misc/device-mapper/dev")
+
+
 class Dm:
     """The open control device."""
 

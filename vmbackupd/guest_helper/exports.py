@@ -7,7 +7,7 @@ took of it · ``ID#rest`` the chunks that the capture found marked. What does no
 
 import os
 import stat
-from typing import Callable, Dict, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 from .blocks import Blocks, Export, Table
 from .capture import Capture
@@ -16,8 +16,9 @@ from .exceptions import Exceptions, Store
 from .failures import HelperError
 from .hashes import Hashes
 from .image import Device, Image
-from .snapshot import SECTOR, Snapshot
-from .stack import Stack
+from .snapshot import SECTOR, Snapshot, Volume
+from .stack import Piece, Stack
+from .tracker import Trackers
 
 FILE = "file:"
 """How a path begins that stands in place of a device number, for tests on any machine."""
@@ -40,32 +41,35 @@ class Disks:
 
     def image(self, device: str) -> Image:
         """Raises ``OSError`` or ``HelperError``."""
-        overlays = [(self._open(devno_of(volume.snap)), pieces) for volume, pieces in self._volumes]
-        return Image(self._open(device), overlays, device)
+        overlays = [(self.open(devno_of(volume.snap)), pieces) for volume, pieces in self._on(device)]
+        return Image(self.open(device), overlays, device)
 
     def exceptions(self, device: str, size: int) -> Optional[Exceptions]:
         """None where no volume with a snapshot lies on the disk."""
-        here = [pair for pair in self._volumes if any(piece.disk == device for piece in pair[1])]
         stores = [
-            (Store(self._open(devno_of(volume.cow)), volume.wanted.sectors * SECTOR), pieces) for volume, pieces in here
+            (Store(self.open(devno_of(volume.cow)), volume.wanted.sectors * SECTOR), pieces)
+            for volume, pieces in self._on(device)
         ]
         return Exceptions(device, size, stores) if stores else None
 
-    def _open(self, device: str) -> Device:
+    def _on(self, device: str) -> List[Tuple[Volume, List[Piece]]]:
+        """The volumes that lie on a disk, at least in part."""
+        return [pair for pair in self._volumes if any(piece.disk == device for piece in pair[1])]
+
+    def open(self, device: str) -> Device:
+        """A device, opened once."""
         if device not in self._opened:
             self._opened[device] = Device(device[len(FILE) :] if device.startswith(FILE) else node(device))
         return self._opened[device]
 
 
 class Known(NamedTuple):
-    """What the helper knows when a data server starts. ``changed`` and ``fresh`` give a disk's bitmaps, None for one
-    that is not tracked."""
+    """What the helper knows when a data server starts."""
 
     dm: Optional[Dm]
     snapshot: Optional[Snapshot]
     capture: Optional[Capture]
-    changed: Callable[[str], Optional[memoryview]]
-    fresh: Callable[[str], Optional[memoryview]]
+    trackers: Trackers
 
 
 def exports(wanted: Dict[str, str], known: Known, live: bool, key: Optional[bytes]) -> Dict[str, Export]:
@@ -75,7 +79,8 @@ def exports(wanted: Dict[str, str], known: Known, live: bool, key: Optional[byte
     for name, device in wanted.items():
         image = disks.image(device)
         offered: Dict[str, Optional[Export]] = {"": Blocks(image, still=not live)}
-        for suffix, bitmap in (("#changed", known.changed(device)), ("#fresh", known.fresh(device))):
+        tracked = {"#changed": known.trackers.changed(device), "#fresh": known.trackers.fresh(device)}
+        for suffix, bitmap in tracked.items():
             offered[suffix] = Table(bitmap) if bitmap is not None else None
         offered["#hashes"] = Hashes(Blocks(image, still=False), key) if key is not None else None
         offered["#exceptions"] = disks.exceptions(device, image.size)

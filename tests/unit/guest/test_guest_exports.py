@@ -271,8 +271,8 @@ def test_capture(disk: Path, tmp_path: Path) -> None:
             write(disk, 4 * CHUNK, b"second pass")
 
     marks = Marks({"8:0": [(3, 5), (20, 45), (60, 61)], "8:16": [(0, 2)]}, {"8:0": [(4, 6)]}, {}, meanwhile=meanwhile)
-    images = {"8:0": Image(Device(str(disk))), "8:16": Image(Device(str(other)))}
-    capture = Capture(images, 32 * CHUNK)
+    lanes = {"8:0": [Image(Device(str(disk))) for _ in range(3)], "8:16": [Image(Device(str(other))) for _ in range(3)]}
+    capture = Capture(lanes, 32 * CHUNK)
     answer = capture.take(marks, soon())
     assert abs(answer.pop("t1") - time.time()) < 60
     assert answer == {
@@ -306,7 +306,7 @@ def test_chunks_in_a_snapshot_need_no_memory(disk: Path, tmp_path: Path) -> None
     snap.write_bytes(b"s" * 59 * (CHUNK // 2))
     overlays = [(Device(str(snap)), [Piece(0, "8:0", 10 * CHUNK, 59 * (CHUNK // 2))])]
     t1 = disk.read_bytes()
-    capture = Capture({"8:0": Image(Device(str(disk)), overlays, "8:0")}, 5 * CHUNK)
+    capture = Capture({"8:0": [Image(Device(str(disk)), overlays, "8:0")]}, 5 * CHUNK)
     marks = Marks({"8:0": [(8, 42)]}, {"8:0": [(9, 12)]}, {"8:0": [(10, 39)]})
     answer = capture.take(marks, soon())
     assert answer["disks"] == [{"device": "8:0", "chunks": 34, "bytes": 5 * CHUNK}]
@@ -320,7 +320,7 @@ def test_chunks_in_a_snapshot_need_no_memory(disk: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("slots", [4, 5])
 def test_too_much(disk: Path, slots: int) -> None:
-    capture = Capture({"8:0": Image(Device(str(disk)))}, slots * CHUNK)
+    capture = Capture({"8:0": [Image(Device(str(disk)))]}, slots * CHUNK)
     marks = Marks({"8:0": [(0, 3)]}, {"8:0": [(1, 5)]}, {})
     if slots == 5:
         assert capture.take(marks, soon())["disks"] == [{"device": "8:0", "chunks": 5, "bytes": 5 * CHUNK}]
@@ -332,7 +332,7 @@ def test_too_much(disk: Path, slots: int) -> None:
 
 
 def test_never_at_rest(disk: Path) -> None:
-    capture = Capture({"8:0": Image(Device(str(disk)))}, 8 * CHUNK)
+    capture = Capture({"8:0": [Image(Device(str(disk)))]}, 8 * CHUNK)
     with pytest.raises(HelperError) as caught:
         capture.take(Marks({"8:0": [(3, 4)]}), time.monotonic() + 0.2)
     assert caught.value.code == "NotStill" and not capture.taken
@@ -340,7 +340,7 @@ def test_never_at_rest(disk: Path) -> None:
 
 
 def test_a_disk_that_cannot_be_read(disk: Path) -> None:
-    capture = Capture({"8:0": Image(Device(str(disk)))}, 8 * CHUNK)
+    capture = Capture({"8:0": [Image(Device(str(disk)))]}, 8 * CHUNK)
     disk.write_bytes(b"")
     with pytest.raises(HelperError) as caught:
         capture.take(Marks({"8:0": [(0, 1)]}), soon())
