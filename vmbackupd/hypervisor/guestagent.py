@@ -16,7 +16,7 @@ from vmbackupd.typed import parse_object
 AGENT_PORT = "org.qemu.guest_agent.0"
 ANSWER_LIMIT = 64 << 20  # bytes; guest-exec keeps 16 MiB of each output, in base64
 SYNC = 5.0  # seconds an agent that runs has for its first answer, on top of the command's own time
-IDLE = 30.0
+IDLE = 10.0
 SENTINEL = b"\xff"  # in no JSON; the agent's parser starts anew behind it, and it sends one before a delimited answer
 
 

@@ -22,8 +22,10 @@ from vmbackupd.hypervisor.base import HypervisorLost
 GREETING = 5.0  # QEMU greets at once, unless it serves somebody else
 COMMAND = 30.0
 CLOSE = 10.0
+DIAL_AGAIN = 0.1
 REPLY_LIMIT = 64 << 20  # bytes of one reply
 
+log = logging.getLogger("hypervisor.qmpclient")
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what it logs it raises as well, for us to judge
 
 
@@ -85,42 +87,56 @@ class QmpClient:
     def connected(self) -> bool:
         return bool(self._qmp.runstate is Runstate.RUNNING)
 
-    async def connect(self, address: str | socket.socket, *, timeout: float = GREETING) -> None:
-        """Connect to the unix socket at a path, or use one that is connected (it stays the caller's when this fails).
+    async def connect(self, path: str, *, timeout: float = GREETING) -> None:
+        """Connect to the unix socket at ``path``. Raises ``QmpLost`` where nobody listens, ``QmpBusy`` where nobody
+        greets within ``timeout`` seconds."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + timeout
+        while True:
+            peer = self._dial(path)
+            try:
+                if peer is not None:
+                    await self.use(peer, timeout=max(0.0, end - loop.time()))
+                    return
+            except QmpLost as error:
+                log.debug("%s", error)  # it may be about to end, or to turn to the next client
+                assert peer is not None
+                peer.close()
+            except BaseException:
+                assert peer is not None
+                peer.close()
+                raise
+            if loop.time() >= end:
+                raise self._busy()
+            await asyncio.sleep(DIAL_AGAIN)
 
-        Raises ``QmpLost`` where nobody listens, ``QmpBusy`` where nobody greets within ``timeout`` seconds.
-        """
-        ours = isinstance(address, str)
-        peer = address if isinstance(address, socket.socket) else await self._dial(address)
+    def _dial(self, path: str) -> socket.socket | None:
+        """A connection to whoever listens; None where the queue of clients is full (a unix socket tells so at once)."""
+        peer = socket.socket(socket.AF_UNIX)
+        peer.setblocking(False)
+        try:
+            peer.connect(path)
+        except BlockingIOError:
+            peer.close()
+            return None
+        except OSError as error:
+            peer.close()
+            raise QmpLost(f"{self._name}: nobody listens at the QMP socket {path}: {error.strerror}") from error
+        return peer
+
+    async def use(self, peer: socket.socket, *, timeout: float = GREETING) -> None:
+        """Use a socket that is connected; it stays the caller's when this fails. Raises ``QmpLost``, ``QmpBusy``."""
         try:
             self.peer_pid = _peer_pid(peer)
             await asyncio.wait_for(self._qmp.connect(peer), timeout)
         except BaseException as error:
             await self.close()
-            if ours:
-                peer.close()
             if isinstance(error, TimeoutError):
                 raise self._busy() from None
             if isinstance(error, QMPError | OSError | EOFError):
                 raise QmpLost(f"{self._name}: the monitor ended the connection: {error}") from error
             raise
         self._watcher = asyncio.create_task(self._watch_end(), name=f"end of {self._name}")
-
-    async def _dial(self, path: str) -> socket.socket:
-        peer = socket.socket(socket.AF_UNIX)
-        peer.setblocking(False)
-        try:
-            await asyncio.wait_for(asyncio.get_running_loop().sock_connect(peer, path), GREETING)
-        except (BlockingIOError, TimeoutError):
-            peer.close()
-            raise self._busy() from None  # its queue of clients is full
-        except OSError as error:
-            peer.close()
-            raise QmpLost(f"{self._name}: nobody listens at the QMP socket {path}: {error.strerror}") from error
-        except BaseException:
-            peer.close()
-            raise
-        return peer
 
     def _busy(self) -> QmpBusy:
         return QmpBusy(

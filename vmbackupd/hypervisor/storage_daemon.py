@@ -111,7 +111,7 @@ class StorageDaemon:
                      "--chardev", f"socket,id=qmp,fd={theirs.fileno()}", "--monitor", "chardev=qmp"],
                     pass_fds=[theirs.fileno()])
             ours.setblocking(False)
-            await self._qmp.connect(ours, timeout=START)
+            await self._qmp.use(ours, timeout=START)
             await self._execute("nbd-server-start", {
                 "addr": {"type": "unix", "data": {"path": self.socket}}, "max-connections": 0})
         except (CommandFailed, HypervisorError, OSError) as error:

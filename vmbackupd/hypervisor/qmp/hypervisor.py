@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -40,17 +41,13 @@ class QmpHypervisor:
             await machine.close()
 
     async def domains(self) -> Sequence[tuple[str, str, bool]]:
-        found = []
-        for machine in self._machines.values():
-            try:
-                running = await machine.running()
-            except QmpBusy:
-                running = True  # somebody is being served
-                uuid = self._identities.of(machine.name, machine.config)
-            else:
-                uuid = await self._uuid(machine)
-            found.append((machine.name, uuid, running))
-        return sorted(found)
+        return sorted(await asyncio.gather(*(self._listed(machine) for machine in self._machines.values())))
+
+    async def _listed(self, machine: Machine) -> tuple[str, str, bool]:
+        try:
+            return machine.name, await self._uuid(machine), await machine.running()
+        except QmpBusy:  # there is a QEMU, which serves somebody else
+            return machine.name, self._identities.of(machine.name, machine.config), True
 
     async def domain(self, name_or_uuid: str) -> DomainInfo:
         machine = self._machines.get(name_or_uuid) or await self._machine(name_or_uuid)

@@ -19,7 +19,7 @@ from vmbackupd.hypervisor.qmpclient import COMMAND, GREETING, QmpBusy, QmpClient
 
 log = logging.getLogger("hypervisor.qmp")
 
-IDLE = 30.0  # the monitor serves nobody else while we hold it, but a job asks again soon
+IDLE = 10.0  # the monitor serves nobody else while we hold it, but a job asks again soon
 LOOK_AGAIN = 1.0  # nobody tells when a QEMU begins to listen
 
 
