@@ -215,7 +215,11 @@ class GuestHelper:
         return parse_tracked(await self._call("track", params, _LONG), disks)
 
     async def collect(self, device: str) -> Collected:
-        """What changed on a tracked disk since this was called before: up to now, or up to T1 once that was taken."""
+        """What changed on a tracked disk since this was called before: up to now, or up to T1 once that was taken.
+
+        :data:`FRESH` has those chunks. :data:`CHANGED` has all since the disk's generation, also those that a backup
+        before found which was not published.
+        """
         return parse_collected(await self._call("collect", {"device": device}, _LONG))
 
     async def settle(self, generation: str) -> None:

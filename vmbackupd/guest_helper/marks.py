@@ -20,7 +20,6 @@ _PAGE = 1 << PAGE
 _ZEROS = bytes(_PAGE)
 _DIGITS = b"0" + b"1" * 255  # of a mark
 _RECORD, _HEADER = 64, struct.Struct("=II")
-_BITS = 8 * _PAGE
 _WHY = {
     PASSED: "a program in the guest sent the disk commands of its own",
     BEYOND: "something was written behind the disk's former end",
@@ -124,7 +123,8 @@ class Marks:
         """Give out in ``fresh`` what was moved since the last time; the number of chunks."""
         self.fresh[:] = bytes(self._moved)
         self._moved = bytearray(self._length)
-        return bin(int.from_bytes(self.fresh, "little")).count("1")
+        pieces = (self.fresh[at : at + _PAGE] for at in range(0, self._length, _PAGE))
+        return sum(bin(int.from_bytes(piece, "little")).count("1") for piece in pieces)
 
     def forget(self) -> None:
         """Nothing has changed since the generation, as far as it was collected."""
