@@ -26,14 +26,18 @@ from vmbackupd.guest.replies import (
     HelperStatus,
     PreparedVolume,
     SnapResult,
+    ThinState,
+    TouchedPool,
     TrackedDisk,
     VolumeStatus,
     parse_capture,
     parse_collected,
+    parse_compared,
     parse_identity,
     parse_prepared,
     parse_snap,
     parse_status,
+    parse_touched,
     parse_tracked,
 )
 from vmbackupd.guest.report import GuestReport, parse_report
@@ -46,6 +50,8 @@ CHANGED = "#changed"
 """Appended to a disk's export name: a bitmap (least significant bit first) of what changed since its generation."""
 FRESH = "#fresh"
 """Such a bitmap of what the latest ``collect`` found."""
+THIN = "#thin"
+"""Such a bitmap of what :meth:`GuestHelper.compare_pools` could not tell to be unchanged."""
 HASHES = "#hashes"
 """Sixteen bytes for each chunk: BLAKE2b with the key given, or zero for a chunk of zeros."""
 EXCEPTIONS = "#exceptions"
@@ -68,6 +74,7 @@ __all__ = [
     "FRESH",
     "HASHES",
     "REST",
+    "THIN",
     "AgentCall",
     "CaptureResult",
     "Collected",
@@ -75,6 +82,8 @@ __all__ = [
     "HelperStatus",
     "PreparedVolume",
     "SnapResult",
+    "ThinState",
+    "TouchedPool",
     "TrackedDisk",
     "VolumeStatus",
     "open_data_channel",
@@ -176,6 +185,18 @@ class GuestHelper:
         """
         reply = await self._call("capture", {"deadline_s": deadline}, deadline + _SHORT)
         return parse_capture(reply, devices)
+
+    async def touch_pools(self) -> list[TouchedPool]:
+        """Have the thin pools below prepared volumes write to new blocks from now on, so that the next backup can tell
+        from their metadata what did not change. After :meth:`prepare`, before the freeze. It costs the guest free
+        blocks and copying: only where it is wanted."""
+        return parse_touched(await self._call("touch_pools", {}, _LONG))
+
+    async def compare_pools(self, since: Mapping[str, str]) -> list[ThinState]:
+        """After T1: what changed on disks below thin pools (device → the ``moment`` of an earlier backup, or nothing).
+        Where that is known a data server started later has :data:`THIN`."""
+        items = [{"device": device, "since": moment} for device, moment in since.items()]
+        return parse_compared(await self._call("compare_pools", {"disks": items}, _LONG), since)
 
     async def disarm(self) -> bool:
         """True when the guest had thawed by itself, so that the freeze did not hold."""

@@ -15,6 +15,8 @@ _ERROR = GuestProtocolError
 _MAX_VOLUMES = 512
 _MAX_DISKS = 1024
 _MAX_CHUNKS = 1 << 40
+MAX_MOMENT = 4096
+"""Characters of ``ThinState.moment``."""
 _MAX_NAME = 128
 _MAX_REASON = 1000
 
@@ -68,6 +70,26 @@ class CaptureResult:
     t1: float
     passes: int
     disks: tuple[CapturedDisk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TouchedPool:
+    """A thin pool: whether it writes to new blocks from now on, or why not."""
+
+    name: str
+    touched: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ThinState:
+    """A disk below thin pools at T1. ``moment`` is what to say at the next backup, empty where nothing can be told;
+    ``known`` whether it is known what changed since the moment that was given, else ``reason`` says why not."""
+
+    device: str
+    moment: str
+    known: bool
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +174,33 @@ def parse_capture(obj: Mapping[str, object], asked: Sequence[str]) -> CaptureRes
     return CaptureResult(
         t1=get_float(obj, "t1", error=_ERROR), passes=get_int(obj, "passes", minimum=1, error=_ERROR), disks=disks
     )
+
+
+def parse_touched(obj: Mapping[str, object]) -> list[TouchedPool]:
+    return [
+        TouchedPool(
+            name=get_str(item, "name", max_length=_MAX_NAME, at=at, error=_ERROR),
+            touched=get_bool(item, "touched", at=at, error=_ERROR),
+            reason=get_str(item, "reason", max_length=1000, at=at, error=_ERROR),
+        )
+        for at, item in get_objects(obj, "pools", max_length=_MAX_VOLUMES, error=_ERROR)
+    ]
+
+
+def parse_compared(obj: Mapping[str, object], asked: Mapping[str, str]) -> list[ThinState]:
+    """One for each disk asked for, in that order."""
+    states = [
+        ThinState(
+            device=parse_devno(item, "device", at),
+            moment=get_str(item, "moment", max_length=MAX_MOMENT, at=at, error=_ERROR),
+            known=get_bool(item, "known", at=at, error=_ERROR),
+            reason=get_str(item, "reason", max_length=1000, at=at, error=_ERROR),
+        )
+        for at, item in get_objects(obj, "disks", max_length=_MAX_DISKS, error=_ERROR)
+    ]
+    if [state.device for state in states] != list(asked):
+        raise _ERROR("disks: not the ones that were to be compared")
+    return states
 
 
 def parse_status(obj: Mapping[str, object]) -> HelperStatus:

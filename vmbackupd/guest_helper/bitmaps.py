@@ -53,6 +53,20 @@ def mark(bitmap: "bytearray | memoryview", first: int, end: int) -> None:
     bitmap[low + 1 : high] = b"\xff" * (high - low - 1)
 
 
+def clear(bitmap: bytearray, first: int, end: int) -> None:
+    """Clear the bits ``first`` to ``end - 1``."""
+    if first >= end:
+        return
+    low, high = first // 8, (end - 1) // 8
+    head, tail = 0xFF << first % 8 & 0xFF, 0xFF >> 7 - (end - 1) % 8
+    if low == high:
+        bitmap[low] &= ~(head & tail) & 0xFF
+        return
+    bitmap[low] &= ~head & 0xFF
+    bitmap[high] &= ~tail & 0xFF
+    bitmap[low + 1 : high] = bytes(high - low - 1)
+
+
 def _runs_of(value: int) -> List[Run]:
     found: List[Run] = []
     for bit in range(8):

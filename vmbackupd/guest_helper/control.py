@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any, Callable, Dict, List, Optional
 
-from . import HELPER_VERSION, PROTOCOL, devices, memory, release, watchdog
+from . import HELPER_VERSION, PROTOCOL, devices, memory, release, thin, watchdog
 from .bitmaps import CHUNK
 from .capture import LANES, Capture
 from .dm import Dm, present
@@ -17,7 +17,7 @@ from .params import Params, boolean, devno, integer, job_id, number, objects, te
 from .port import PAUSE, Port, PortClosed, PortGone, hello_in
 from .serving import Serving
 from .snapshot import Snapshot
-from .tracker import Trackers, why_not
+from .tracker import Trackers
 from .watchdog import Watchdog
 
 MAX_LINE = 4 << 20
@@ -35,6 +35,7 @@ class Control:
         self._guard: Optional[Watchdog] = None
         self._trackers = Trackers()
         self._capture: Optional[Capture] = None
+        self._thin: Dict[str, bytearray] = {}
         self._serving = Serving(files)
         self._heard = time.monotonic()
         self._in_session = False
@@ -48,6 +49,8 @@ class Control:
             "snap": self._snap,
             "prepare_capture": self._prepare_capture,
             "capture": self._take_capture,
+            "touch_pools": self._touch_pools,
+            "compare_pools": self._compare_pools,
             "disarm": self._disarm,
             "status": self._status,
             "serve": self._serve,
@@ -153,7 +156,7 @@ class Control:
             dm: Optional[Dm] = self._device_mapper()
         except HelperError:
             dm = None
-        return {**devices.probe(dm), "untracked": why_not()}
+        return devices.probe(dm)
 
     def _prepare(self, params: Params) -> Dict[str, Any]:
         job = job_id(params.get("job"))
@@ -215,6 +218,32 @@ class Control:
         watchdog.require(self._guard)
         return captured
 
+    def _touch_pools(self, params: Params) -> Dict[str, Any]:
+        if self._snapshot is None or self._snapshot.taken:
+            raise HelperError("WrongState", "no volumes are prepared, or the snapshots are taken")
+        disks = Disks(None, None)
+        try:
+            held = {volume.devno for volume in self._snapshot.volumes}
+            return {"pools": thin.touch_all(self._device_mapper(), held, disks.open)}
+        finally:
+            disks.close()
+
+    def _compare_pools(self, params: Params) -> Dict[str, Any]:
+        if self._snapshot is None or not self._snapshot.taken:
+            raise HelperError("WrongState", "the snapshots are not taken yet")
+        answers, disks = [], Disks(self._dm, self._snapshot)
+        try:
+            for item in objects(params, "disks", 1024):
+                device, since = devno(item.get("device")), text(item, "since", 4096) if item.get("since") else ""
+                size = disks.open(device).size
+                bitmap, answer = thin.compare(self._device_mapper(), disks.half, device, size, since)
+                if bitmap is not None:
+                    self._thin[device] = bitmap
+                answers.append(answer)
+        finally:
+            disks.close()
+        return {"disks": answers}
+
     def _disarm(self, params: Params) -> Dict[str, Any]:
         guard, self._guard = self._guard, None
         if guard is None:
@@ -230,7 +259,7 @@ class Control:
     def _serve(self, params: Params) -> Dict[str, Any]:
         if self._snapshot is not None and not self._snapshot.taken and not boolean(params, "live"):
             raise HelperError("WrongState", "the snapshots are not taken yet")
-        known = Known(self._dm, self._snapshot, self._capture, self._trackers)
+        known = Known(self._dm, self._snapshot, self._capture, self._trackers, self._thin)
         self._serving.start(params, known, self._port.close)
         return {}
 
@@ -291,6 +320,7 @@ class Control:
         capture, self._capture = self._capture, None
         if capture is not None:
             capture.close()
+        self._thin = {}
 
     def _drop_snapshot(self) -> None:
         if self._snapshot is not None:

@@ -15,6 +15,7 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence
 from .failures import HelperError
 
 LIST_DEVICES, CREATE, REMOVE, SUSPEND, STATUS, LOAD, CLEAR, TABLE, LIST_VERSIONS = 2, 3, 4, 6, 7, 9, 10, 12, 13
+MESSAGE = 14
 
 READONLY = 1 << 0
 SUSPENDED = 1 << 1
@@ -247,6 +248,14 @@ def resume_request(number: int) -> bytearray:
     """A resume. It also swaps in a table that waits in the inactive slot, suspending the device for it if it is not
     suspended: hence no lockfs here either."""
     return request(number, SKIP_LOCKFS)
+
+
+def message_request(number: int, text: str) -> bytearray:
+    """A message to the target of a device that has one target."""
+    buffer = request(number)
+    payload = struct.pack("=Q", 0) + text.encode() + b"\0"
+    buffer[_HEADER.size : _HEADER.size + len(payload)] = payload
+    return buffer
 
 
 def _info(reply: bytearray) -> Info:

@@ -18,6 +18,7 @@ from .hashes import Hashes
 from .image import Device, Image
 from .snapshot import SECTOR, Snapshot, Volume
 from .stack import Piece, Stack
+from .thin import Half
 from .tracker import Trackers
 
 FILE = "file:"
@@ -56,6 +57,13 @@ class Disks:
         """The volumes that lie on a disk, at least in part."""
         return [pair for pair in self._volumes if any(piece.disk == device for piece in pair[1])]
 
+    def half(self, device: str) -> Optional[Half]:
+        """A volume that is snapshotted; None for one that is not."""
+        for volume, pieces in self._volumes:
+            if volume.devno == device:
+                return Half(volume.wanted.sectors * SECTOR, pieces, self.open(devno_of(volume.snap)))
+        return None
+
     def open(self, device: str) -> Device:
         """A device, opened once."""
         if device not in self._opened:
@@ -64,12 +72,13 @@ class Disks:
 
 
 class Known(NamedTuple):
-    """What the helper knows when a data server starts."""
+    """What the helper knows when a data server starts. ``thin``: bitmaps of disks below thin pools."""
 
     dm: Optional[Dm]
     snapshot: Optional[Snapshot]
     capture: Optional[Capture]
     trackers: Trackers
+    thin: Dict[str, bytearray]
 
 
 def exports(wanted: Dict[str, str], known: Known, live: bool, key: Optional[bytes]) -> Dict[str, Export]:
@@ -80,7 +89,7 @@ def exports(wanted: Dict[str, str], known: Known, live: bool, key: Optional[byte
         image = disks.image(device)
         offered: Dict[str, Optional[Export]] = {"": Blocks(image, still=not live)}
         tracked = {"#changed": known.trackers.changed(device), "#fresh": known.trackers.fresh(device)}
-        for suffix, bitmap in tracked.items():
+        for suffix, bitmap in {**tracked, "#thin": None if live else known.thin.get(device)}.items():
             offered[suffix] = Table(bitmap) if bitmap is not None else None
         offered["#hashes"] = Hashes(Blocks(image, still=False), key) if key is not None else None
         offered["#exceptions"] = disks.exceptions(device, image.size)

@@ -155,6 +155,8 @@ def test_overlong_line_ends_the_session(start_helper: Start, control: str) -> No
         ("snap", {}),
         ("disarm", {}),
         ("capture", {"deadline_s": 1}),
+        ("touch_pools", {}),
+        ("compare_pools", {"disks": []}),
         ("prepare_capture", {"disks": [{"device": "9999:9"}], "limit": 65536}),
         ("prepare_capture", {"disks": [{"device": "8:0"}], "limit": 1}),
         ("track", {"consumer": "host"}),

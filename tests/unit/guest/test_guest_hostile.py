@@ -224,6 +224,7 @@ VOLUME = {
     "store_length": 65536,
     "table": [[0, 2, "linear", "8:0 0"]],
 }
+COMPARED = {"device": "8:0", "moment": "", "known": False, "reason": ""}
 TAKEN = {"device": "8:0", "chunks": 3, "bytes": 65536}
 STATUS = {"device": "253:0", "valid": True, "allocated": 1, "total": 2, "metadata": 1, "table_ok": True}
 
@@ -242,6 +243,12 @@ STATUS = {"device": "253:0", "valid": True, "allocated": 1, "total": 2, "metadat
         ("capture", {"t1": 1, "passes": 0, "disks": [TAKEN]}),
         ("capture", {"t1": 1, "passes": 1, "disks": [{**TAKEN, "chunks": 2**41}]}),
         ("capture", {"t1": 1, "passes": 1, "disks": [{**TAKEN, "bytes": -1}]}),
+        ("touch_pools", {"pools": [{"name": "p", "touched": 1, "reason": ""}]}),
+        ("touch_pools", {"pools": [{"name": "p" * 200, "touched": True, "reason": ""}]}),
+        ("compare_pools", {"disks": []}),
+        ("compare_pools", {"disks": [{**COMPARED, "device": "8:16"}]}),
+        ("compare_pools", {"disks": [{**COMPARED, "known": None}]}),
+        ("compare_pools", {"disks": [{**COMPARED, "moment": "x" * 5000}]}),
         ("disarm", {}),
         ("disarm", {"fired": 0}),
         ("release", {"removed": [1]}),
@@ -271,6 +278,8 @@ def test_wrong_results(tmp_path: Path, method: str, value: object) -> None:
             "snap": helper.snap,
             "prepare_capture": lambda: helper.prepare_capture(["8:0"], limit=65536),
             "capture": lambda: helper.capture(["8:0"], deadline=1),
+            "touch_pools": helper.touch_pools,
+            "compare_pools": lambda: helper.compare_pools({"8:0": ""}),
             "disarm": helper.disarm,
             "release": helper.release,
             "status": helper.status,
