@@ -13,11 +13,13 @@ import pytest
 from tests.lab.qemu import Monitor
 from tests.unit.hypervisor.machine import create
 from tests.unit.hypervisor.plain import PORTS, PlainQemu, with_qmp
-from vmbackupd.config import MachineConfig
+from vmbackupd.config import MachineConfig, parse
+from vmbackupd.daemon.wiring import job_runner
 from vmbackupd.errors import GuestAgentUnavailable, HypervisorError, NotFound, NotRunning
 from vmbackupd.hypervisor.base import DiskSource, DomainInfo
 from vmbackupd.hypervisor.qmp.hypervisor import QmpHypervisor
 from vmbackupd.hypervisor.qmpclient import QmpBusy
+from vmbackupd.job.job import Result
 
 UUID = "0b49a1a8-6d39-4a0c-9ab0-1f7c8f0c1f5e"
 New = Callable[..., PlainQemu]
@@ -160,6 +162,24 @@ def test_who_uses_a_path(few_disks: PlainQemu) -> None:
     few_disks.qemu.kill()
     off = MachineConfig(few_disks.qemu.qmp, command_line=script)
     assert with_qmp({"bare": off}, few_disks.dir, lambda hv: hv.path_users(path)) == ["bare"]
+
+
+def test_the_daemon_is_made_of_what_the_configuration_says(new_qemu: New, tmp_path: Path) -> None:
+    machine = new_qemu(uuid=UUID)
+    config = parse(f"""
+        state_directory = "{tmp_path}"
+        hypervisor.uri = "qmp:"
+        machines.bare.qmp = "{machine.qemu.qmp}"
+        machines.off.qmp = "{tmp_path}/nothing"
+        machines.off.uuid = "{UUID.replace('0', '1')}"
+    """)
+
+    async def main() -> list[Result]:
+        async with job_runner(config) as runner:
+            return await runner.list_machines()
+
+    assert asyncio.run(main()) == [{"name": "bare", "uuid": UUID, "running": True},
+                                   {"name": "off", "uuid": UUID.replace("0", "1"), "running": False}]
 
 
 # --- the guest agent
