@@ -224,7 +224,8 @@ class GuestHelper:
     async def track(self, consumer: str, disks: Mapping[str, str], *, limit: int | None = None) -> list[TrackedDisk]:
         """Track the changes of ``disks`` (device → what identifies it to us) from now on, or go on; in their order.
 
-        ``consumer``: for whom, at most 255 characters; what was tracked for another is not known to this one.
+        ``consumer``: for whom, at most 255 characters (an identity: 1024); what was tracked for another is not known
+        to this one.
         ``limit``: bytes of kernel memory for all of them (64 MiB if not given: disks of 1.8 TiB).
         """
         params: dict[str, object] = {

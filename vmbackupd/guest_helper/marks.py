@@ -75,7 +75,7 @@ class Marks:
 
     def keep(self, record: Dict[str, Any]) -> None:
         """Replace the record. A death half way leaves a damaged one."""
-        text = json.dumps(record, sort_keys=True).encode()
+        text = json.dumps(record, sort_keys=True, ensure_ascii=False).encode("utf-8", "replace")
         if _RECORD + _HEADER.size + len(text) > _PAGE:
             raise ValueError("the record of a disk has %d bytes" % len(text))
         self._memory[_RECORD : _RECORD + _HEADER.size] = bytes(_HEADER.size)

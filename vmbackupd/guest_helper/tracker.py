@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import hashlib
 import os
 import resource
 import time
@@ -80,7 +81,7 @@ class Trackers:
             return {"disks": [_answer(device, False, None, str(error)) for device in wanted]}
         answers = []
         for device, identity in wanted.items():
-            answers.append(self._begin(device, {"consumer": consumer, "identity": identity}, room))
+            answers.append(self._begin(device, {"consumer": consumer, "identity": _digest(identity)}, room))
             if device in self._disks:
                 room -= self._disks[device].marks.where.length
         for _ in range(2):  # what is marked on either side is older than the backup that begins
@@ -278,6 +279,11 @@ def _fitting(device: str, room: int) -> tracked.Facts:
             "NoTracking", "its marks take %.1f MiB of kernel memory, %.1f MiB are left" % (need / 2**20, room / 2**20)
         )
     return facts
+
+
+def _digest(identity: str) -> str:
+    """An identity as it is kept: a record has little room."""
+    return hashlib.blake2b(identity.encode("utf-8", "replace"), digest_size=16).hexdigest()
 
 
 def _answer(device: str, tracking: bool, generation: Optional[str], reason: str) -> Dict[str, Any]:

@@ -406,6 +406,14 @@ def test_partitions_and_what_is_not_there_are_refused(tracking: Tracking, file: 
             assert not answer["tracking"] and reason in answer["reason"]
 
 
+def test_the_longest_names_fit_into_the_record(tracking: Tracking, loop: Disk) -> None:
+    names = {"consumer": "\U0001f4be" * 255, "identity": "\U0001f4be" * 1024}
+    tracking.track(loop, **names)
+    tracking.trackers.flip()
+    tracking.trackers.settle("\U0001f4be" * 255)
+    assert tracking.track(loop, **names)[0]["generation"] == "\U0001f4be" * 255
+
+
 def test_marks_have_a_limit(tracking: Tracking, loop: Disk) -> None:
     answer = tracking.track(loop, limit=4096)[0]
     assert answer["tracking"] is False
