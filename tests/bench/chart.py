@@ -1,8 +1,8 @@
-"""A chart of throughput by tool, as SVG, drawn by hand: bars need no library."""
+"""A chart of throughput by tool, or of time where less is better, as SVG, drawn by hand: bars need no library."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from html import escape
 
 from tests.bench.table import Row
@@ -17,17 +17,17 @@ COLOURS = {OURS: "#1f6feb", LIMIT: "#8c959f"}
 PEER = "#bf8700"
 
 
-def draw(rows: Sequence[Row], limits: dict[str, str], caption: str) -> str:
-    """The SVG document. ``limits`` names, for a work, the work that is its limit."""
+def draw(rows: Sequence[Row], limits: dict[str, str], caption: str, by_time: Collection[str] = ()) -> str:
+    """The SVG document. ``limits`` names, for a work, the work that is its limit; of ``by_time`` the seconds count."""
     parts, y = [], TITLE
     by_work: dict[str, list[Row]] = {}
     for row in rows:
-        if row.seconds > 0 and row.bytes_in > 0:
+        if row.seconds > 0 and (row.bytes_in > 0 or row.work in by_time):
             by_work.setdefault(row.work, []).append(row)
     for work in [work for work in by_work if work not in limits.values()]:
-        bars = sorted([*by_work[work], *by_work.get(limits.get(work, ""), [])], key=speed, reverse=True)
+        bars = [*by_work[work], *by_work.get(limits.get(work, ""), [])]
         if len(bars) > 1:
-            drawn, y = _work(work, bars, y)
+            drawn, y = _timed(work, bars, y) if work in by_time else _work(work, bars, y)
             parts += drawn
     body = "\n".join(parts)
     return (
@@ -42,15 +42,30 @@ def speed(row: Row) -> float:
     return row.bytes_in / row.seconds / 2**20
 
 
-def _work(work: str, bars: Sequence[Row], y: int) -> tuple[list[str], int]:
-    parts = [f'<text x="10" y="{y + 18}" font-weight="bold">{escape(work)}</text>']
+def _work(work: str, rows: Sequence[Row], y: int) -> tuple[list[str], int]:
+    bars = sorted(rows, key=speed, reverse=True)
+    return _bars(work, [(row.tool, speed(row), f"{speed(row):.0f} MiB/s") for row in bars], y)
+
+
+def _timed(work: str, rows: Sequence[Row], y: int) -> tuple[list[str], int]:
+    bars = sorted(rows, key=lambda row: row.seconds)
+    return _bars(f"{work} (shorter is better)", [(row.tool, row.seconds, _duration(row.seconds)) for row in bars], y)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
+
+
+def _bars(title: str, bars: Sequence[tuple[str, float, str]], y: int) -> tuple[list[str], int]:
+    """A title and a bar for each (tool, value, label); the y below them."""
+    parts = [f'<text x="10" y="{y + 18}" font-weight="bold">{escape(title)}</text>']
     y += 28
-    scale = (WIDTH - LABEL - 110) / speed(bars[0])
-    for row in bars:
-        width = max(1.0, speed(row) * scale)
-        colour = COLOURS.get(row.tool, PEER)
-        parts.append(f'<text x="{LABEL - 8}" y="{y + 15}" text-anchor="end">{escape(row.tool)}</text>')
+    scale = (WIDTH - LABEL - 110) / max(value for _, value, _ in bars)
+    for tool, value, label in bars:
+        width = max(1.0, value * scale)
+        colour = COLOURS.get(tool, PEER)
+        parts.append(f'<text x="{LABEL - 8}" y="{y + 15}" text-anchor="end">{escape(tool)}</text>')
         parts.append(f'<rect x="{LABEL}" y="{y}" width="{width:.1f}" height="{BAR}" fill="{colour}"/>')
-        parts.append(f'<text x="{LABEL + width + 6:.1f}" y="{y + 15}" fill="#57606a">{speed(row):.0f} MiB/s</text>')
+        parts.append(f'<text x="{LABEL + width + 6:.1f}" y="{y + 15}" fill="#57606a">{escape(label)}</text>')
         y += BAR + GAP
     return parts, y + 8

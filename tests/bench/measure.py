@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -17,12 +17,14 @@ CHUNK = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """``seconds`` of wall time, ``peak_rss`` in bytes; ``bytes_in`` and ``bytes_stored`` where they apply."""
+    """``seconds`` of wall time, ``peak_rss`` in bytes; ``bytes_in`` and ``bytes_stored`` where they apply; ``figures``
+    that only this work has, by name."""
 
     seconds: float
-    peak_rss: int
+    peak_rss: int = 0
     bytes_in: int = 0
     bytes_stored: int = 0
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

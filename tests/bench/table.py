@@ -96,8 +96,13 @@ class Row:
     def bytes_stored(self) -> int:
         return int(median(sample.bytes_stored for sample in self.samples))
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """The median of each figure."""
+        return {name: median(sample.figures[name] for sample in self.samples) for name in self.samples[-1].figures}
+
     def to_json(self) -> dict[str, object]:
-        return {
+        told: dict[str, object] = {
             "work": self.work,
             "tool": self.tool,
             "seconds": [round(sample.seconds, 4) for sample in self.samples],
@@ -105,6 +110,9 @@ class Row:
             "bytes_stored": self.bytes_stored,
             "peak_rss": self.peak_rss,
         }
+        if self.figures:
+            told["figures"] = {name: [sample.figures[name] for sample in self.samples] for name in self.figures}
+        return told
 
 
 Rows = Mapping[tuple[str, str], Row]
@@ -124,12 +132,12 @@ class Target:
         return figure >= self.bound if self.at_least else figure <= self.bound
 
 
-def faster(work: str, peer: str, peer_work: str = "") -> Callable[[Rows], float | None]:
+def faster(work: str, peer: str, peer_work: str = "", ours: str = OURS) -> Callable[[Rows], float | None]:
     """How many times the time of ours the peer (or the limit) needs."""
 
     def figure(rows: Rows) -> float | None:
-        ours, other = rows.get((work, OURS)), rows.get((peer_work or work, peer))
-        return other.seconds / ours.seconds if ours and other else None
+        own, other = rows.get((work, ours)), rows.get((peer_work or work, peer))
+        return other.seconds / own.seconds if own and other else None
 
     return figure
 
