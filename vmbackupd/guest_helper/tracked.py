@@ -4,7 +4,7 @@ them."""
 import contextlib
 import os
 import re
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 from . import bpf, devices
 from .btf import Types
@@ -80,8 +80,7 @@ class Tracked:
 
     def close(self) -> None:
         """Let go; the programs go on. The memory goes with the last reference to it."""
-        for link in self._links:
-            os.close(link)
+        _close(self._links)
         self._links = []
 
 
@@ -117,17 +116,19 @@ def start(path: str, facts: Facts, switch: int, record: Dict[str, Any]) -> Track
         with _feature("maps in shared memory (Linux 5.5)"):
             opened.append(bpf.create_array("vmbk_marks", 1 << PAGE, where.length >> PAGE))
             bpf.pin(opened[0], os.path.join(path, _MARKS))
-        links = _attach(path, facts, where, opened[0], switch)
+        marks = Marks(opened[0], where)
+        _attach(path, facts, where, opened, switch)
+        links = opened[1:]
         record = dict(record, **_identity(facts, switch), generation=None, forget=False)
-        tracked = Tracked(path, facts, Marks(opened[0], where), links, record)
+        tracked = Tracked(path, facts, marks, links, record)
         tracked._keep(misses=[bpf.link_misses(link) for link in links])
-        return tracked
     except BaseException:
         remove(path)
+        _close(opened[1:])
         raise
     finally:
-        for descriptor in opened:
-            os.close(descriptor)
+        _close(opened[:1])
+    return tracked
 
 
 def adopt(path: str, facts: Facts, switch: int, record: Dict[str, Any]) -> Tracked:
@@ -143,14 +144,12 @@ def adopt(path: str, facts: Facts, switch: int, record: Dict[str, Any]) -> Track
         tracked = Tracked(path, facts, marks, opened[1:], kept)
         tracked.finish_settling()
     except BaseException as error:
-        for descriptor in opened[1:]:
-            os.close(descriptor)
+        _close(opened[1:])
         if isinstance(error, OSError):
             raise HelperError("NoTracking", "the tracker is damaged: %s" % error.strerror)
         raise
     finally:
-        for descriptor in opened[:1]:
-            os.close(descriptor)
+        _close(opened[:1])
     return tracked
 
 
@@ -159,6 +158,11 @@ def remove(path: str) -> None:
     for name in os.listdir(path):
         os.unlink(os.path.join(path, name))
     os.rmdir(path)
+
+
+def _close(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _identity(facts: Facts, switch: int) -> Dict[str, Any]:
@@ -182,21 +186,21 @@ def _trusted(kept: Optional[Dict[str, Any]], wanted: Dict[str, Any]) -> Dict[str
     return kept
 
 
-def _attach(path: str, facts: Facts, where: Layout, marks: int, switch: int) -> List[int]:
+def _attach(path: str, facts: Facts, where: Layout, opened: List[int], switch: int) -> None:
+    """Run the programs; their links are added to what is ``opened``, the map of marks being the first."""
     major, minor = (int(part) for part in facts.device.split(":"))
-    disk = Disk(major, minor, where.chunks, marks, switch, where.fine, where.coarse, where.stride, facts.scattered)
-    fields, links = Fields(Types()), []
+    disk = Disk(major, minor, where.chunks, opened[0], switch, where.fine, where.coarse, where.stride, facts.scattered)
+    fields = Fields(Types())
     for event in facts.events:
         with _feature("programs on raw tracepoints (Linux 5.5)"):
             code = bpf.load("vmbk_" + event[6:], program(event, disk, fields))
         try:
             with _feature("pinned links (Linux 5.8)"):
-                links.append(bpf.attach(code, event))
-                bpf.pin(links[-1], os.path.join(path, event))
-                bpf.link_misses(links[-1])
+                opened.append(bpf.attach(code, event))
+                bpf.pin(opened[-1], os.path.join(path, event))
+                bpf.link_misses(opened[-1])
         finally:
             os.close(code)
-    return links
 
 
 @contextlib.contextmanager
@@ -208,14 +212,14 @@ def _feature(name: str) -> Iterator[None]:
 
 
 def _require_whole_bios(name: str, device: str) -> None:
-    """A disk without requests shows bios, and at their completion not all of them whole."""
+    """A disk without requests shows bios, and at their completion not all of them, or not whole."""
     if _NVME_HEAD.match(name):
         raise HelperError("NoTracking", "%s is an NVMe multipath head: it does not show when its writes end" % name)
     if name.startswith("dm-"):
         dm = Dm()
         try:
-            rows = len(dm.table(number_of(device)))
+            kinds = [row.kind for row in dm.table(number_of(device))]
         finally:
             dm.close()
-        if rows != 1:
-            raise HelperError("NoTracking", "%s has %d segments, and shows no write over two of them" % (name, rows))
+        if kinds != ["multipath"]:  # others may get another table, and other contents, without a write
+            raise HelperError("NoTracking", "%s is a device-mapper volume: the disks below it are tracked" % name)
