@@ -170,6 +170,14 @@ class VirtualDisksConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class PassthroughConfig:
+    """How pass-through disks are read: ``direct`` is ``auto`` (by the host where the domain gives the guest a LUN that
+    the host can open, else through the guest) or ``never`` (always through the guest)."""
+
+    direct: str = "never"
+
+
+@dataclass(frozen=True, slots=True)
 class ScratchConfig:
     """The scratch disk that holds a guest's COW stores: a thin image in ``directory``, where QEMU must get in.
 
@@ -210,6 +218,7 @@ class Config:
     changes: ChangesConfig = field(default_factory=ChangesConfig)
     machines: Mapping[str, MachineConfig] = field(default_factory=dict)
     virtual_disks: VirtualDisksConfig = field(default_factory=VirtualDisksConfig)
+    passthrough: PassthroughConfig = field(default_factory=PassthroughConfig)
     encryption: EncryptionConfig = field(default_factory=EncryptionConfig)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     cache_directory: Path = DEFAULT_CACHE
@@ -411,6 +420,7 @@ _KEYS: dict[str, Callable[[object], object]] = {
     "changes.hashing": _flag,
     "changes.audit": _audit,
     "virtual_disks.t2": _one_of("auto", "external", "fleece"),
+    "passthrough.direct": _one_of("auto", "never"),
     "scratch.directory": _path,
     "scratch.share": _share,
     "scratch.size": size,
@@ -520,6 +530,7 @@ def _build(values: Mapping[str, object]) -> Config:
         jobs=JobsConfig(**section("jobs")),  # type: ignore[arg-type]
         changes=ChangesConfig(**section("changes")),  # type: ignore[arg-type]
         virtual_disks=VirtualDisksConfig(**section("virtual_disks")),  # type: ignore[arg-type]
+        passthrough=PassthroughConfig(**section("passthrough")),  # type: ignore[arg-type]
     )
 
 

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 
 from vmbackupd.guest.client import CAPTURED, REST
-from vmbackupd.job import increment, reading
+from vmbackupd.job import direct, increment, reading
 from vmbackupd.job.context import BackupContext
 from vmbackupd.job.coverage import DiskPlan
 from vmbackupd.job.exports import bitmap, export
@@ -38,9 +38,10 @@ async def run(ctx: BackupContext) -> None:
 async def _copy(ctx: BackupContext, plan: DiskPlan, key: bytes) -> None:
     """A disk whose volumes are snapshotted."""
     disk = await increment.begin(ctx, plan, key)
+    left = await direct.as_of_t1(ctx, disk)
     async with export(ctx, plan.id, plan.size) as source:
         await reading.inspect_unchanged(ctx, disk, source)
-        await reading.read(ctx, disk, source, disk.changed)
+        await reading.read(ctx, disk, source, left)
         await reading.distrust(ctx, disk, source)
     await _store(ctx, disk)
 
