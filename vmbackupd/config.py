@@ -153,11 +153,14 @@ class GuestConfig:
 class ChangesConfig:
     """How later backups find out what changed: ``tracking`` lets the guest's kernel track writes to pass-through disks
     between backups, ``bitmaps`` QEMU those to virtual disks, ``hashing`` lets the guest hash a disk when neither is
-    known. ``audit`` is the share of the chunks said to be unchanged that is read all the same, and compared."""
+    known. ``thin`` has thin pools below pass-through disks write to new blocks after each backup: their metadata then
+    tells what changed where no tracker does. ``audit`` is the share of the chunks said to be unchanged that is read all
+    the same, and compared."""
 
     tracking: bool = True
     bitmaps: bool = True
     hashing: bool = True
+    thin: bool = False
     audit: float = 0.01
 
 
@@ -418,6 +421,7 @@ _KEYS: dict[str, Callable[[object], object]] = {
     "changes.tracking": _flag,
     "changes.bitmaps": _flag,
     "changes.hashing": _flag,
+    "changes.thin": _flag,
     "changes.audit": _audit,
     "virtual_disks.t2": _one_of("auto", "external", "fleece"),
     "passthrough.direct": _one_of("auto", "never"),

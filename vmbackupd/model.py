@@ -121,7 +121,8 @@ class ChangeRecord:
     ``base`` is the backup whose image this one began as, None where everything was read. ``reason`` tells why no better
     way was open, empty if there is none. ``chunks`` were read because they had changed (or might have), ``audited``
     although they were said to be unchanged; ``missed`` of those had changed all the same, and then everything was read.
-    ``token`` is what the next backup knows the changes since this one by: a tracker's generation, a checkpoint's name.
+    ``token`` is what the next backup knows the changes since this one by: a tracker's generation, a checkpoint's name;
+    ``moment`` what thin pools below the disk will be asked for changes since, empty where there are none.
     """
 
     method: Change = Change.FULL
@@ -131,6 +132,7 @@ class ChangeRecord:
     audited: int = 0
     missed: int = 0
     token: str | None = None
+    moment: str = ""
 
 
 @dataclass(frozen=True, slots=True)

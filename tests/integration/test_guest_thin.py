@@ -6,10 +6,12 @@ The oracle is the LUN's file on the host at the two T1s: a chunk that is said to
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.integration.service import Service
 from tests.integration.test_guest_exports import CHUNK, chunks
 from tests.integration.test_guest_helper import Rig, fetch, frozen, luns_of, run_in_lab
 from tests.lab.guest import Guest
@@ -24,7 +26,7 @@ pytestmark = pytest.mark.lab
 MAKE = """
 set -e
 pvcreate -q -q -y {device} && vgcreate -q -q vgthin {device}
-lvcreate -q -q -y --type thin-pool -c 64k -L 200m -n pool --poolmetadatasize 4m vgthin
+lvcreate -q -q -y --type thin-pool -c 64k -L 260m -n pool --poolmetadatasize 4m vgthin
 for name in a b idle; do
     lvcreate -q -q -y -V 100m -n $name --thinpool vgthin/pool
     mkfs.ext4 -q -b 4096 -J size=4 /dev/vgthin/$name
@@ -36,29 +38,33 @@ umount /mnt/idle && lvchange -q -q -an vgthin/idle
 """
 
 
-@pytest.fixture
-def guest(lab: Lab) -> Guest:
-    return lab.start_guest("big", "thin", luns={"pool": 320 * MiB})
+@pytest.fixture(scope="module")
+def guest(lab: Lab) -> Iterator[Guest]:
+    guest = lab.start_guest("big", "thin", luns={"pool": 320 * MiB})
+    device = guest.exec(f"lsblk -dno PATH,SERIAL | grep -w {guest.luns['pool'].serial}").decode().split()[0]
+    guest.exec(MAKE.format(device=device), timeout=180)
+    yield guest
+    guest.destroy()
 
 
 def test_changes_below_a_pool(lab: Lab, guest: Guest, tmp_path: Path) -> None:
-    """Blocks overwritten in place, discarded, freed and taken again, devices made and removed, between two backups."""
-    lun = guest.luns["pool"]
-    device = guest.exec(f"lsblk -dno PATH,SERIAL | grep -w {lun.serial}").decode().split()[0]
-    guest.exec(MAKE.format(device=device), timeout=180)
-    moments = {}
+    """Blocks overwritten in place, discarded, freed and taken again, devices made and removed, between backups; at last
+    the LUN is set back to what it was, which the pool cannot hide."""
+    moments: list[str] = []
 
     async def work(rig: Rig) -> None:
         turn = len(moments)
         helper = await rig.start()
-        state = await backup(rig, helper, moments.get(turn - 1, ""), tmp_path / f"t1-{turn}")
-        moments[turn] = state.moment
-        assert state.known == (turn > 0), state
-        if turn:
+        state = await backup(rig, helper, moments[-1] if moments else "", tmp_path / f"t1-{turn}")
+        moments.append(state.moment)
+        assert state.known == (turn in (1, 2)), state
+        if state.known:
             path = await rig.hypervisor.attach_channel(rig.guest.uuid, rig.data)
             await helper.serve(rig.data, {"pool": state.device})
             await fetch(path, f"pool{THIN}", tmp_path / "bitmap")
             compare(tmp_path / "bitmap", tmp_path / f"t1-{turn - 1}", tmp_path / f"t1-{turn}")
+        elif turn:
+            assert "has lost the mark" in state.reason
         await helper.release()
         await helper.quit()
 
@@ -66,9 +72,38 @@ def test_changes_below_a_pool(lab: Lab, guest: Guest, tmp_path: Path) -> None:
         run_in_lab(lab, guest, tmp_path, work)
         assert "vmbk" not in guest.exec("lvs -a --noheadings; dmsetup ls").decode()
         change(guest, turn)
-    guest.exec("umount /mnt/a /mnt/b && vgchange -q -q -an vgthin && lvchange -q -q -y -ay vgthin/pool_tmeta")
-    guest.exec("thin_check /dev/vgthin/pool_tmeta")
-    guest.destroy()
+    guest.exec(STOP)
+    with open(guest.luns["pool"].path, "r+b") as file:
+        file.write((tmp_path / "t1-1").read_bytes())
+    guest.exec(START)
+    run_in_lab(lab, guest, tmp_path, work)
+    assert len(moments) == 4 and len(set(moments)) == 4
+    guest.exec(STOP + "lvchange -q -q -y -ay vgthin/pool_tmeta && thin_check /dev/vgthin/pool_tmeta")
+    guest.exec("lvchange -an vgthin/pool_tmeta" + START)
+
+
+def test_increments_by_pools(lab: Lab, guest: Guest, tmp_path: Path) -> None:
+    """Whole backups: every chunk that a pool says is unchanged is audited, and none has changed."""
+    ident = "iscsi:{0.iqn}/{0.lun}".format(guest.luns["pool"])
+    with Service(lab, tmp_path) as service:
+        service.configure(changes='tracking = false\nthin = true\naudit = "100 %"')
+        service.restart()
+        service.ctl("repository", "init")
+        records = []
+        for turn in range(2):
+            shown = service.ctl("show", service.ctl("backup", guest.name)["backup"])
+            records.append(next(volume for volume in shown["volumes"] if volume["id"] == ident)["change"])
+            change(guest, 10 + turn)
+    print(records)
+    assert [record["method"] for record in records] == ["full", "thin-delta"]
+    assert records[1]["missed"] == 0 and records[1]["audited"] * CHUNK > 30 * MiB
+
+
+STOP = "umount /mnt/a /mnt/b && vgchange -q -q -an vgthin && sync;"
+START = """
+echo 3 > /proc/sys/vm/drop_caches
+vgchange -q -q -ay vgthin && mount -o discard /dev/vgthin/a /mnt/a && mount -o discard /dev/vgthin/b /mnt/b
+"""
 
 
 async def backup(rig: Rig, helper: GuestHelper, since: str, copy: Path) -> ThinState:
@@ -82,10 +117,11 @@ async def backup(rig: Rig, helper: GuestHelper, since: str, copy: Path) -> ThinS
     ]
     assert len(volumes) == 2
     await rig.prepare(helper, volumes)
-    touched = await helper.touch_pools()
-    assert [pool.touched for pool in touched] == [True], touched
     luns = luns_of(rig.guest, report)
     source = rig.guest.luns["pool"].path
+    assert await helper.touch_pools([devno for path, devno in luns.items() if path != source]) == []
+    touched = await helper.touch_pools([luns[source]])
+    assert [pool.touched for pool in touched] == [True], touched
     await helper.arm(60)
     async with frozen(rig):
         await helper.snap()

@@ -186,11 +186,12 @@ class GuestHelper:
         reply = await self._call("capture", {"deadline_s": deadline}, deadline + _SHORT)
         return parse_capture(reply, devices)
 
-    async def touch_pools(self) -> list[TouchedPool]:
-        """Have the thin pools below prepared volumes write to new blocks from now on, so that the next backup can tell
-        from their metadata what did not change. After :meth:`prepare`, before the freeze. It costs the guest free
-        blocks and copying: only where it is wanted."""
-        return parse_touched(await self._call("touch_pools", {}, _LONG))
+    async def touch_pools(self, devices: Sequence[str]) -> list[TouchedPool]:
+        """Have the thin pools with data on these disks write to new blocks from now on: the next backup can tell from
+        their metadata what did not change. After :meth:`prepare`, before the freeze. It costs the guest free blocks and
+        copying: only where it is wanted."""
+        params = {"disks": [{"device": device} for device in devices]}
+        return parse_touched(await self._call("touch_pools", params, _LONG))
 
     async def compare_pools(self, since: Mapping[str, str]) -> list[ThinState]:
         """After T1: what changed on disks below thin pools (device → the ``moment`` of an earlier backup, or nothing).

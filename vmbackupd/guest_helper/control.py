@@ -5,7 +5,7 @@ import os
 import platform
 import sys
 import time
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Set
 
 from . import HELPER_VERSION, PROTOCOL, devices, memory, release, thin, watchdog
 from .bitmaps import CHUNK
@@ -36,6 +36,7 @@ class Control:
         self._trackers = Trackers()
         self._capture: Optional[Capture] = None
         self._thin: Dict[str, bytearray] = {}
+        self._touched: Set[str] = set()
         self._serving = Serving(files)
         self._heard = time.monotonic()
         self._in_session = False
@@ -221,10 +222,10 @@ class Control:
     def _touch_pools(self, params: Params) -> Dict[str, Any]:
         if self._snapshot is None or self._snapshot.taken:
             raise HelperError("WrongState", "no volumes are prepared, or the snapshots are taken")
-        disks = Disks(None, None)
+        wanted = {devno(item.get("device")) for item in objects(params, "disks", 1024)}
+        disks = Disks(self._dm, self._snapshot)
         try:
-            held = {volume.devno for volume in self._snapshot.volumes}
-            return {"pools": thin.touch_all(self._device_mapper(), held, disks.open)}
+            return {"pools": thin.touch_all(self._device_mapper(), wanted, disks.below, disks.open, self._touched)}
         finally:
             disks.close()
 
@@ -236,7 +237,7 @@ class Control:
             for item in objects(params, "disks", 1024):
                 device, since = devno(item.get("device")), text(item, "since", 4096) if item.get("since") else ""
                 size = disks.open(device).size
-                bitmap, answer = thin.compare(self._device_mapper(), disks.half, device, size, since)
+                bitmap, answer = thin.compare(self._device_mapper(), disks.half, self._touched, device, size, since)
                 if bitmap is not None:
                     self._thin[device] = bitmap
                 answers.append(answer)
@@ -320,7 +321,7 @@ class Control:
         capture, self._capture = self._capture, None
         if capture is not None:
             capture.close()
-        self._thin = {}
+        self._thin, self._touched = {}, set()
 
     def _drop_snapshot(self) -> None:
         if self._snapshot is not None:

@@ -7,7 +7,7 @@ took of it · ``ID#rest`` the chunks that the capture found marked. What does no
 
 import os
 import stat
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Set, Tuple
 
 from .blocks import Blocks, Export, Table
 from .capture import Capture
@@ -56,6 +56,10 @@ class Disks:
     def _on(self, device: str) -> List[Tuple[Volume, List[Piece]]]:
         """The volumes that lie on a disk, at least in part."""
         return [pair for pair in self._volumes if any(piece.disk == device for piece in pair[1])]
+
+    def below(self, device: str) -> Set[str]:
+        """The disks that a volume lies on, none for one that is not snapshotted."""
+        return {piece.disk for volume, pieces in self._volumes if volume.devno == device for piece in pieces}
 
     def half(self, device: str) -> Optional[Half]:
         """A volume that is snapshotted; None for one that is not."""

@@ -9,12 +9,14 @@ the disk, unmapped blocks and the metadata too, counts as changed.
 
 What this costs the guest: the first write to a block after each backup is a copy to a new one, so the pool needs free
 blocks even for guests that only overwrite, and its layout scatters. That is why it is only done where it is asked for.
-It survives reboots. It does not survive that the data device is moved, or that the disk is set back to an older state
-(the pool's time goes back), and both are noticed. A block whose discard the pool had not committed yet at T1 may be
-backed up with its content from before the discard.
+It survives reboots. It does not survive that the data device is moved, or that the disk is set back to an older state,
+by a restore or in the storage. So each backup leaves a *mark* in the pool: a device without a single block, under a
+random id that LVM never comes to. A pool in which the mark of a backup is missing is not the one that was backed up.
+A block whose discard the pool had not committed yet at T1 may be backed up with its content from before the discard.
 """
 
 import hashlib
+import random
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from . import memory
@@ -23,12 +25,13 @@ from .dm import MESSAGE, SUSPEND, Dm, Info, message_request, resume_request, sus
 from .failures import HelperError, clip
 from .image import Device
 from .stack import Piece
-from .thinmeta import Metadata
+from .thinmeta import Details, Metadata
 from .watchdog import Watchdog
 
 SPARE = 8  # a pool is left alone if less than one block in so many is free
 DEADMAN = 30.0  # seconds a device may stay suspended here, should this process be stopped
-_OURS = (1 << 24) - 1  # the id of a device that is there for a moment: other tools count from 0
+MARKS = 8  # as many are kept: a backup that fails leaves one, and the one before must still be found
+_FIRST, _OURS = 1 << 23, (1 << 24) - 1  # ids of marks, up to that of a snapshot that is there for a moment
 
 
 class Pool(NamedTuple):
@@ -49,11 +52,12 @@ class Half(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """What a later backup has to know of a pool at a T1. ``identity`` tells pools apart, and a pool that was moved."""
+    """What a later backup has to know of a pool at a T1. ``identity`` tells pools apart, and a pool that was moved;
+    ``mark`` is the id of the newest mark."""
 
     identity: str
     floor: int
-    time: int
+    mark: int
 
     @property
     def text(self) -> str:
@@ -65,7 +69,10 @@ def pools(dm: Dm) -> List[Pool]:
     found: Dict[str, Pool] = {}
     thins = []
     for info in dm.devices():
-        rows = dm.table(info.number)
+        try:
+            rows = dm.table(info.number)
+        except (HelperError, OSError):
+            continue  # removed meanwhile, or no such table
         words = rows[0].params.split() if len(rows) == 1 else []
         if words and rows[0].kind == "thin-pool":
             found[info.devno] = Pool(info, words[0], words[1], {})
@@ -87,25 +94,33 @@ def touch(dm: Dm, pool: Pool, metadata: Device) -> None:
         info = dm.info(number)
         if info.suspended or info.inactive:  # a resume would put the waiting table in
             raise HelperError("PoolBusy", "%s is suspended, or another program is changing its table" % info.name)
-    idents = _idents(dm, pool, metadata)
+    devices = _devices(dm, pool, metadata)
     memory.lock()
     memory.interruptible()
     guard = Watchdog(DEADMAN, dm, list(pool.thins.values()), thaw=False)
     try:
-        for ident in idents:
-            _touch_one(dm, pool, ident)
+        if _OURS in devices:  # from a process that was killed
+            dm.call(MESSAGE, message_request(pool.info.number, "delete %d" % _OURS))
+        for ident in devices:
+            if ident < _FIRST:
+                _touch_one(dm, pool, ident)
     finally:
         guard.disarm()
+    _mark(dm, pool, {ident: item.created for ident, item in devices.items() if ident >= _FIRST})
 
 
-def touch_all(dm: Dm, held: Set[str], opened: Callable[[str], Device]) -> List[Dict[str, Any]]:
-    """Touch the pools whose volumes are ``held`` by snapshots; what became of each."""
+def touch_all(
+    dm: Dm, wanted: Set[str], below: Callable[[str], Set[str]], opened: Callable[[str], Device], touched: Set[str]
+) -> List[Dict[str, Any]]:
+    """Touch the pools with data on the disks ``wanted``, and add them to ``touched``; what became of each. ``below``
+    tells the disks of a volume, none for one that is not snapshotted."""
     answers = []
     for pool in pools(dm):
-        if {pool.metadata, pool.data} <= held:
+        if below(pool.metadata) and below(pool.data) & wanted:
             reason = ""
             try:
                 touch(dm, pool, opened(pool.metadata))
+                touched.add(pool.info.devno)
             except (HelperError, OSError) as error:
                 reason = str(error)
             answers.append({"name": clip(pool.info.name, 128), "touched": not reason, "reason": clip(reason, 1000)})
@@ -113,10 +128,11 @@ def touch_all(dm: Dm, held: Set[str], opened: Callable[[str], Device]) -> List[D
 
 
 def compare(
-    dm: Dm, half: Callable[[str], Optional[Half]], disk: str, size: int, since: str
+    dm: Dm, half: Callable[[str], Optional[Half]], touched: Set[str], disk: str, size: int, since: str
 ) -> Tuple[Optional[bytearray], Dict[str, Any]]:
     """The bitmap of a disk's changed chunks since an earlier T1, None when nothing is known; and the answer to the
-    host: ``moment`` is what to say ``since`` at the next one, ``reason`` why a pool's blocks all count as changed.
+    host: ``moment`` is what to say ``since`` at the next one, of the pools that were ``touched``; ``reason`` why a
+    pool's blocks all count as changed.
     """
     known = {item.identity: item for item in map(parse, since.split(",")) if item is not None}
     moments, reasons, same, here = [], [], [], 0
@@ -126,15 +142,17 @@ def compare(
             continue
         here += 1
         try:
-            now = moment(pool, data, metadata)
-            moments.append(now.text)
+            state = Metadata(metadata.snap)
+            now = moment(pool, data, state)
+            if pool.info.devno in touched:
+                moments.append(now.text)
             before = known.get(now.identity)
             if before is None:
                 reasons.append("no earlier backup noted the thin pool %s, or it lay elsewhere" % pool.info.name)
-            elif now.time <= before.time:
-                reasons.append("the time of the thin pool %s has not gone on since: was it set back?" % pool.info.name)
+            elif before.mark not in state.devices():
+                reasons.append("the thin pool %s has lost the mark of that backup: was it set back?" % pool.info.name)
             else:
-                same += unchanged(data, metadata, before)
+                same += unchanged(data, state, before.floor)
         except (HelperError, OSError) as error:
             reasons.append("%s: %s" % (pool.info.name, error))
     if not here:
@@ -148,21 +166,22 @@ def compare(
     }
 
 
-def moment(pool: Pool, data: Half, metadata: Half) -> Moment:
-    """The pool as of T1. Raises ``HelperError``, ``OSError``."""
-    state = Metadata(metadata.snap)
+def moment(pool: Pool, data: Half, state: Metadata) -> Moment:
+    """The pool as of T1. What a device has mapped since before the floor is not written in place any more."""
     text = repr((pool.info.uuid, state.superblock.block, [tuple(piece) for piece in data.pieces]))
-    return Moment(hashlib.sha256(text.encode()).hexdigest()[:16], state.floor(), state.superblock.time)
+    devices = state.devices()
+    floor = min([item.snapped for ident, item in devices.items() if ident < _FIRST] + [state.superblock.time])
+    marks = [(item.created, ident) for ident, item in devices.items() if _FIRST <= ident < _OURS]
+    return Moment(hashlib.sha256(text.encode()).hexdigest()[:16], floor, max(marks)[1] if marks else 0)
 
 
-def unchanged(data: Half, metadata: Half, since: Moment) -> List[Piece]:
-    """What of the pool's data device is as it was ``since``, in its place on the disks."""
-    state = Metadata(metadata.snap)
+def unchanged(data: Half, state: Metadata, floor: int) -> List[Piece]:
+    """What of the pool's data device is mapped since before the floor, in its place on the disks."""
     size = state.superblock.block
     count = data.size // size
     found: List[Piece] = []
     at = 0
-    for first, end in runs(state.older(since.floor, count), count):
+    for first, end in runs(state.older(floor, count), count):
         start, over = first * size, end * size
         while start < over:
             piece = data.pieces[at]
@@ -213,8 +232,8 @@ def _require_room(dm: Dm, pool: Pool) -> None:
         )
 
 
-def _idents(dm: Dm, pool: Pool, metadata: Device) -> List[int]:
-    """The ids of all devices of the pool, live or not, as of now."""
+def _devices(dm: Dm, pool: Pool, metadata: Device) -> Dict[int, Details]:
+    """All devices of the pool, live or not, as of now."""
     dm.call(MESSAGE, message_request(pool.info.number, "reserve_metadata_snap"))
     try:
         return Metadata(metadata, held=True).devices()
@@ -227,9 +246,6 @@ def _touch_one(dm: Dm, pool: Pool, ident: int) -> None:
     came from, so there is nothing but ioctls in between."""
     number, pool_number = pool.thins.get(ident), pool.info.number
     delete = message_request(pool_number, "delete %d" % _OURS)
-    if ident == _OURS:  # from a process that was killed
-        dm.call(MESSAGE, delete)
-        return
     create = message_request(pool_number, "create_snap %d %d" % (_OURS, ident))
     suspend, resume = (suspend_request(number), resume_request(number)) if number is not None else (None, None)
     failure: Optional[OSError] = None
@@ -245,3 +261,14 @@ def _touch_one(dm: Dm, pool: Pool, ident: int) -> None:
             dm.call(SUSPEND, resume)
     if failure is not None:
         raise failure
+
+
+def _mark(dm: Dm, pool: Pool, marks: Dict[int, int]) -> None:
+    """Leave a new mark, remove those that are too many. ``marks``: those that are there, with their times."""
+    newest = sorted((ident for ident in marks if ident != _OURS), key=lambda ident: marks[ident])
+    for ident in newest[: -(MARKS - 1)]:
+        dm.call(MESSAGE, message_request(pool.info.number, "delete %d" % ident))
+    mark = _OURS
+    while mark == _OURS or mark in marks:
+        mark = random.SystemRandom().randrange(_FIRST, _OURS)
+    dm.call(MESSAGE, message_request(pool.info.number, "create_thin %d" % mark))

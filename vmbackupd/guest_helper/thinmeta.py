@@ -35,6 +35,13 @@ class Superblock(NamedTuple):
     block: int
 
 
+class Details(NamedTuple):
+    """The times at which a device was made, and at which its latest snapshot was."""
+
+    created: int
+    snapped: int
+
+
 class Metadata:
     """One state of a pool. Everything raises ``OSError``, or ``HelperError`` for what cannot be."""
 
@@ -45,14 +52,15 @@ class Metadata:
         if held:
             self.superblock = self._superblock(self.superblock.held)
 
-    def floor(self) -> int:
-        """The time of the oldest latest snapshot of a device: what is mapped since before is not written in place."""
-        times = [int(_DETAILS.unpack(value)[3]) for value in self._details().values()]
-        return min(times + [self.superblock.time])
-
-    def devices(self) -> List[int]:
-        """The ids of all devices."""
-        return list(self._details())
+    def devices(self) -> Dict[int, Details]:
+        """All devices, by their ids."""
+        found: Dict[int, Details] = {}
+        for keys, data in self._leaves(self.superblock.details, _DETAILS.size, set()):
+            for key, (_, _, created, snapped) in zip(keys, _DETAILS.iter_unpack(data)):
+                found[key] = Details(created, snapped)
+            if len(found) > MAX_DEVICES:
+                raise _damaged("it has over %d devices" % MAX_DEVICES)
+        return found
 
     def older(self, floor: int, count: int) -> bytearray:
         """A bitmap of the ``count`` blocks of the data device: those that are mapped since before ``floor``."""
@@ -75,14 +83,6 @@ class Metadata:
         if not 128 <= fields[13] <= 1 << 21 or fields[13] % 128 or fields[14] * 512 != BLOCK:
             raise _damaged("its data blocks have %d sectors" % fields[13])
         return Superblock(fields[6], fields[8], fields[11], fields[12], fields[13] * 512)
-
-    def _details(self) -> Dict[int, bytes]:
-        found: Dict[int, bytes] = {}
-        for keys, data in self._leaves(self.superblock.details, _DETAILS.size, set()):
-            found.update((key, data[at * _DETAILS.size : (at + 1) * _DETAILS.size]) for at, key in enumerate(keys))
-            if len(found) > MAX_DEVICES:
-                raise _damaged("it has over %d devices" % MAX_DEVICES)
-        return found
 
     def _leaves(self, root: int, size: int, seen: Set[int]) -> Iterator[Tuple[Tuple[int, ...], bytes]]:
         """(keys, values of ``size`` bytes) of the leaves below a node, those left out that were ``seen``."""

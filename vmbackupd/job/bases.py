@@ -24,11 +24,13 @@ LOOKED_AT = 64  # backups, newest first: an older one is no base for anybody
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """An image to begin with: ``tree`` of the backup ``backup``, as it left the disk that ``token`` recorded since."""
+    """An image to begin with: ``tree`` of the backup ``backup``, as it left the disk that ``token`` recorded since;
+    ``moment`` is that of thin pools below it."""
 
     backup: str
     tree: str
     token: str | None
+    moment: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class Bases:
             except (NotFound, InvalidArgument, RepositoryCorrupt) as error:
                 log.info("backup %s is no base: %s", manifest.id, error)
                 continue
-            return Base(manifest.id, tree, record.change.token)
+            return Base(manifest.id, tree, record.change.token, record.change.moment)
         return None
 
 

@@ -27,6 +27,7 @@ from vmbackupd.repository.manifest import Manifest
 
 if TYPE_CHECKING:
     from vmbackupd.guest.replies import TrackedDisk
+    from vmbackupd.job.pools import Thin
     from vmbackupd.job.reading import Reading
 
 T = TypeVar("T")
@@ -79,6 +80,7 @@ class BackupContext:
     pre_copied: dict[str, Reading] = field(default_factory=dict)
     # T1
     starts: dict[str, Start] = field(default_factory=dict)
+    thin: dict[str, Thin] = field(default_factory=dict)
     recorded: set[str] = field(default_factory=set)
     t1: float = 0.0
     freeze_ms: float = 0.0

@@ -1,7 +1,8 @@
 """Of a pass-through disk, only what changed since an earlier backup.
 
-Ways, best first: the guest's tracker recorded every write since a backup that is still there; the guest hashes the disk
-and only what differs from the newest backup travels; everything travels.
+Ways, best first: the guest's tracker recorded every write since a backup that is still there; thin pools below the disk
+tell what cannot have changed since the newest; the guest hashes the disk and only what differs travels; everything
+travels.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 
 from vmbackupd.engine.bitmap import Bitmap
 from vmbackupd.engine.copyloop import Progress
-from vmbackupd.guest.client import CHANGED, HASHES
+from vmbackupd.guest.client import CHANGED, HASHES, THIN
 from vmbackupd.job import reading
 from vmbackupd.job.bases import Base
 from vmbackupd.job.context import BackupContext
@@ -42,9 +43,13 @@ async def begin(ctx: BackupContext, plan: DiskPlan, key: bytes) -> Reading:
     changed = None
     if base is not None and method is Change.TRACKED:
         changed = await bitmap(ctx, plan.id + CHANGED, -(-plan.size // CHUNK))
+    elif base is not None and method is Change.THIN_DELTA:
+        changed = await bitmap(ctx, plan.id + THIN, -(-plan.size // CHUNK))
     elif base is not None:
         changed = await _hashed(ctx, plan, base, key)
-    record = ChangeRecord(method, base.backup if base else None, reason, token=token)
+    thin = ctx.thin.get(plan.devno)
+    moment = thin.state.moment if thin is not None else ""
+    record = ChangeRecord(method, base.backup if base else None, reason, token=token, moment=moment)
     return reading.start(ctx, plan, base, changed, record)
 
 
@@ -68,6 +73,11 @@ async def _base(ctx: BackupContext, plan: DiskPlan) -> tuple[Base | None, Change
     base = await asyncio.to_thread(ctx.bases.latest, plan.id, plan.size)
     if base is None:
         return None, Change.FULL, f"{why}; no earlier backup of the disk at this size"
+    thin = ctx.thin.get(plan.devno)
+    if thin is not None and thin.state.known and thin.base == base:
+        return base, Change.THIN_DELTA, why
+    if thin is not None and thin.state.reason:
+        why = f"{why}; {thin.state.reason}"
     if not ctx.config.changes.hashing:
         return None, Change.FULL, f"{why}; hashing is off ([changes] hashing)"
     return base, Change.HASHED, why

@@ -261,6 +261,7 @@ def _change_from_json(obj: JsonObject | None, at: str, error: type[Exception]) -
         audited=get_int(obj, "audited", at=at, error=error),
         missed=get_int(obj, "missed", at=at, error=error),
         token=get_str(obj, "token", None, min_length=1, max_length=256, at=at, error=error),
+        moment=get_str(obj, "moment", "", max_length=4096, at=at, error=error),
     )
 
 

@@ -278,7 +278,7 @@ def test_wrong_results(tmp_path: Path, method: str, value: object) -> None:
             "snap": helper.snap,
             "prepare_capture": lambda: helper.prepare_capture(["8:0"], limit=65536),
             "capture": lambda: helper.capture(["8:0"], deadline=1),
-            "touch_pools": helper.touch_pools,
+            "touch_pools": lambda: helper.touch_pools(["8:0"]),
             "compare_pools": lambda: helper.compare_pools({"8:0": ""}),
             "disarm": helper.disarm,
             "release": helper.release,

@@ -11,6 +11,7 @@ import pytest
 from tests.unit.guest.thinpools import BLOCK, PoolImage, Thin
 from vmbackupd.guest_helper import thin
 from vmbackupd.guest_helper.bitmaps import chunks_of, clear, length, mark, runs
+from vmbackupd.guest_helper.dm import Info
 from vmbackupd.guest_helper.failures import HelperError
 from vmbackupd.guest_helper.image import Device
 from vmbackupd.guest_helper.stack import Piece
@@ -45,8 +46,9 @@ def test_metadata(tmp_path: Path, seed: int) -> None:
     image = PoolImage(width=dice.choice([2, 3, 50, 252])).finish(thins, 25, DATA)
     state = metadata(tmp_path, image)
     assert (state.superblock.time, state.superblock.block) == (25, DATA)
-    assert sorted(state.devices()) == sorted(thins)
-    assert state.floor() == min(item.snapped for item in thins.values())
+    assert {ident: item.snapped for ident, item in state.devices().items()} == {
+        ident: item.snapped for ident, item in thins.items()
+    }
     for floor in (0, 7, 30):
         expected = {place for item in thins.values() for place, since in item.blocks.values() if since < floor}
         found = state.older(floor, COUNT)
@@ -55,7 +57,7 @@ def test_metadata(tmp_path: Path, seed: int) -> None:
 
 def test_pool_without_devices(tmp_path: Path) -> None:
     state = metadata(tmp_path, PoolImage().finish({}, 3, DATA))
-    assert (state.devices(), state.floor(), list(runs(state.older(9, COUNT), COUNT))) == ([], 3, [])
+    assert (state.devices(), list(runs(state.older(9, COUNT), COUNT))) == ({}, [])
 
 
 def test_held_state(tmp_path: Path) -> None:
@@ -65,8 +67,8 @@ def test_held_state(tmp_path: Path) -> None:
     number = len(pool.nodes)
     pool.nodes.append(before[:8] + struct.pack("<Q", number) + before[16:])
     image = pool.finish({2: Thin(2, {})}, 2, DATA, held=number)
-    assert metadata(tmp_path, image).devices() == [2]
-    assert metadata(tmp_path, image, held=True).devices() == [1]
+    assert metadata(tmp_path, image).devices().keys() == {2}
+    assert metadata(tmp_path, image, held=True).devices().keys() == {1}
 
 
 @pytest.mark.parametrize("seed", range(300))
@@ -80,7 +82,6 @@ def test_damage_is_an_error_or_bounded(tmp_path: Path, seed: int) -> None:
     try:
         state = metadata(tmp_path, bytes(image))
         state.devices()
-        assert state.floor() >= 0
         assert len(state.older(5, 40)) == length(40)
     except (HelperError, OSError):
         pass
@@ -116,10 +117,28 @@ def test_unchanged_blocks_have_their_places(tmp_path: Path) -> None:
     (tmp_path / "tmeta").write_bytes(image)
     pieces = [Piece(0, "8:0", 512, 3 * DATA + 1024), Piece(3 * DATA + 1024, "8:16", 0, 20 * DATA)]
     data = thin.Half(23 * DATA + 1024, pieces, Device(str(tmp_path / "tmeta")))
-    assert thin.unchanged(data, data, thin.Moment("x", 5, 8)) == [
+    assert thin.unchanged(data, Metadata(data.snap), 5) == [
         Piece(2 * DATA, "8:0", 512 + 2 * DATA, DATA + 1024),
         Piece(3 * DATA + 1024, "8:16", 0, 2 * DATA - 1024),
     ]
+
+
+def test_moment(tmp_path: Path) -> None:
+    """The floor is that of real devices; the newest mark counts; another place or size is another pool."""
+    first = 1 << 23
+    thins = {1: Thin(9, {}), 2: Thin(7, {}), first + 5: Thin(3, {}), first + 1: Thin(2, {})}
+    thins[first + 5].created, thins[first + 1].created = 3, 8
+    state = metadata(tmp_path, PoolImage().finish(thins, 12, DATA))
+    info = Info("pool", "LVM-x", 0, 0, 0)
+    pool = thin.Pool(info, "253:0", "253:1", {})
+    here = thin.Half(9, [Piece(0, "8:0", 0, 9)], Device(str(tmp_path / "tmeta")))
+    moment = thin.moment(pool, here, state)
+    assert (moment.floor, moment.mark) == (7, first + 1)
+    elsewhere = here._replace(pieces=[Piece(0, "8:0", 512, 9)])
+    assert thin.moment(pool, elsewhere, state).identity != moment.identity
+    assert thin.moment(pool._replace(info=info._replace(uuid="LVM-y")), here, state).identity != moment.identity
+    unmarked = metadata(tmp_path, PoolImage().finish({}, 12, DATA))
+    assert thin.moment(pool, here, unmarked)[1:] == (12, 0)
 
 
 def test_moments_as_text() -> None:

@@ -14,10 +14,11 @@ T = TypeVar("T")
 
 @dataclass
 class Thin:
-    """A device: block → (block of the data device, time), and when it was snapshotted last."""
+    """A device: block → (block of the data device, time), when it was snapshotted last, and when it was made."""
 
     snapped: int
     blocks: Mapping[int, tuple[int, int]]
+    created: int = 0
 
 
 @dataclass
@@ -49,7 +50,8 @@ class PoolImage:
             ]
             roots.append((ident, struct.pack("<Q", self.tree(values, 8))))
         details = [
-            (ident, struct.pack("<QQII", len(thin.blocks), 0, 0, thin.snapped)) for ident, thin in sorted(thins.items())
+            (ident, struct.pack("<QQII", len(thin.blocks), 0, thin.created, thin.snapped))
+            for ident, thin in sorted(thins.items())
         ]
         mapping, detail = self.tree(roots, 8), self.tree(details, 24)
         head = struct.pack("<IIQ16sQIIQQ", 0, 0, 0, b"", 27022010, 2, time, 7, held)

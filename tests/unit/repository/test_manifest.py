@@ -26,7 +26,7 @@ def full() -> Manifest:
         volumes=(
             volume(
                 "vda", TREE, 1000, bytes_read=7, bytes_stored=5, reverted_chunks=3, details={"path": "/x", "n": [1]},
-                change=ChangeRecord(Change.TRACKED, "web1-0", "", 4, 2, 1, "token"),
+                change=ChangeRecord(Change.TRACKED, "web1-0", "", 4, 2, 1, "token", "pool.5.8388700"),
             ),
             replace(volume("wwn:0x1", TREE, 500), tree=None, t2_tree=TREE),
         ),

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 
 from vmbackupd.guest.client import CAPTURED, REST
-from vmbackupd.job import direct, increment, reading
+from vmbackupd.job import direct, increment, pools, reading
 from vmbackupd.job.context import BackupContext
 from vmbackupd.job.coverage import DiskPlan
 from vmbackupd.job.exports import bitmap, export
@@ -27,6 +27,7 @@ async def run(ctx: BackupContext) -> None:
     for plan in plans:
         if plan.method is Method.GUEST_SNAPSHOT and plan.devno in ctx.tracked and ctx.tracked[plan.devno].tracking:
             await increment.collect(ctx, plan.devno)  # what was marked until T1
+    await pools.compare(ctx)
     key = secrets.token_bytes(32)
     await ctx.helper.serve(ctx.data_port, ctx.coverage.pass_through_devnos, hash_key=key)
     for plan in plans:

@@ -8,7 +8,7 @@ from vmbackupd.errors import GuestProtocolError
 from vmbackupd.guest.client import PreparedVolume
 from vmbackupd.guest.topology import flatten
 from vmbackupd.hypervisor.storage_daemon import create_qcow2
-from vmbackupd.job import stores
+from vmbackupd.job import pools, stores
 from vmbackupd.job.context import BackupContext
 from vmbackupd.job.faultpoints import reach
 from vmbackupd.model import Segment, VolumeMap
@@ -38,6 +38,7 @@ async def run(ctx: BackupContext) -> None:
         socket=ctx.entries["helper"].args["socket"],
     )
     ctx.volume_maps = tuple(_map(ctx, volume) for volume in prepared)
+    await pools.touch(ctx)
 
 
 def _store_sizes(ctx: BackupContext) -> dict[str, int]:
