@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.integration import oracle
+from tests.integration.booted import boot_on_new_luns
 from tests.integration.service import Service
 from tests.lab import Lab, volumes, writer
 from tests.lab.guest import Guest
@@ -150,22 +151,8 @@ def test_reverted_chunks_are_what_the_store_holds(backed: Backed) -> None:
 
 
 def test_the_restored_guest_boots_and_its_logs_agree(backed: Backed) -> None:
-    lab, guest = backed.lab, backed.guest
-    to = backed.directory / "boot"
-    ids = [volume["id"] for volume in backed.shown["volumes"] if volume["kind"] == "pass-through"]
-    luns = {
-        ident: lab.iscsi.create_lun(
-            f"{guest.name}-r{number}",
-            size=volume_of(backed.shown, ident)["size"],
-            target=f"{guest.name}-restored{'' if ident.startswith('iscsi') else '-lun'}",
-        )
-        for number, ident in enumerate(sorted(ids))
-    }
-    words = [word for ident, lun in luns.items() for word in ("--volume", f"{ident}={lun.uri}")]
-    name = f"{guest.name}-booted"
-    backed.service.ctl("restore", backed.backup, "--name", name, "--to", str(to), *words)
-    inside = next(lun.iqn for ident, lun in luns.items() if ident.startswith("iscsi"))
-    booted = lab.boot_restored(name, iqns=[inside])
+    guest = backed.guest
+    booted = boot_on_new_luns(backed.lab, backed.service, guest, backed.shown, backed.directory / "boot")
     try:
         logs = Workload(guest).check(booted)
         assert len(logs) == 5
