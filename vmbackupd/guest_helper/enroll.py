@@ -42,7 +42,7 @@ def main(words: List[str]) -> int:
 def _enroll(argument: str, dry: bool) -> None:
     _require_system()
     plan = enrollment.look(argument)
-    print("/dev/%s: %s" % (plan.device["name"], "; ".join(enrollment.changes(plan))))
+    print("\n  ".join(["/dev/%s:" % plan.device["name"], *enrollment.changes(plan)]))
     if dry:
         return
     mounted = [mount.path for mount in mounts.own_mounts() if mount.devno == plan.device["devno"]]

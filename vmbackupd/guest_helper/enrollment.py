@@ -96,8 +96,8 @@ def withdraw(names: linear.Linear, old: Dict[str, str], units: List[str], root: 
         paths.remove(linear.SCRIPT)  # the others' devices are made by it
     for path in paths:
         files.remove(os.path.join(root, path))
-    for unit in units:
-        _remove_empty(os.path.join(root, os.path.dirname(names.drop_in_path(unit))))
+    for path in [linear.MARKS] + [os.path.dirname(names.drop_in_path(unit)) for unit in units]:
+        _remove_empty(os.path.join(root, path))
     udevrules.run(["systemctl", "reset-failed", names.unit])
     command("systemctl", "daemon-reload")
     command("udevadm", "control", "--reload")

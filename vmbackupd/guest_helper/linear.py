@@ -26,10 +26,8 @@ uuid=$1 name=vmbackupd-$1 mark=/run/vmbackupd-guest/plain-$1
 number() { # of the block device $1
     printf '%d:%d' $(stat -L -c '0x%t 0x%T' "$1")
 }
-show() { # let udev decide anew who has the filesystem's links
-    for device in "$@"; do
-        echo change > "/sys/dev/block/$device/uevent"
-    done
+show() { # let udev decide anew whether device $1 has the filesystem's links
+    echo change > "/sys/dev/block/$1/uevent"
     udevadm settle --timeout=30
 }
 
