@@ -33,7 +33,7 @@ FREEZE_SHARE = 0.4  # of the freeze budget may go into reading what is captured
 
 
 @dataclass
-class _Pace:
+class Pace:
     """How the rounds go: bytes left before each, ``room`` bytes for what is captured, bytes and seconds of all copying
     so far, seconds of the last round."""
 
@@ -52,8 +52,14 @@ class _Pace:
         """How fast the guest writes, bytes a second, by what the last round left behind."""
         return self.left[-1] / max(self.last, 0.001)
 
+    def capturable(self, budget: float) -> float:
+        """Bytes that can be captured in a freeze of ``budget`` seconds. What the guest reads for itself is not slower
+        than what travels."""
+        return min(budget * FREEZE_SHARE * max(self.copy_rate, SLOWEST), self.room)
+
     @property
     def stuck(self) -> bool:
+        """Whether the last rounds did not get shorter."""
         recent = self.left[-PATIENCE - 1 :]
         steps = zip(recent, recent[1:], strict=False)
         return len(recent) > PATIENCE and all(after > SHRINKS * before for before, after in steps)
@@ -72,7 +78,7 @@ async def run(ctx: BackupContext) -> None:
     await _collect(ctx, plans)
     disks = {plan.id: plan.devno for plan in plans if plan.devno is not None}
     await ctx.helper.serve(ctx.data_port, disks, live=True, hash_key=key)
-    pace = _Pace([])
+    pace = Pace([])
     began = time.monotonic()
     for plan in plans:
         await _first_round(ctx, plan, key)
@@ -107,11 +113,11 @@ async def _settle_suspects(ctx: BackupContext, disk: Reading, source: NbdConnect
     await reading.distrust(ctx, disk, source)
 
 
-async def _round(ctx: BackupContext, plans: list[DiskPlan], pace: _Pace) -> bool:
+async def _round(ctx: BackupContext, plans: list[DiskPlan], pace: Pace) -> bool:
     """Copy what was marked since the last round; True when what this one leaves will fit into the freeze."""
     chunks = await _collect(ctx, plans)
     pace.left.append(chunks * CHUNK)
-    fits = chunks * CHUNK <= _room(ctx, pace)
+    fits = chunks * CHUNK <= pace.capturable(ctx.freeze_budget)
     if not fits and (pace.stuck or len(pace.left) > MOST_ROUNDS):
         raise _too_fast(ctx, plans, pace)
     began = time.monotonic()
@@ -135,24 +141,18 @@ async def _marks(ctx: BackupContext, disk: Reading) -> Bitmap:
     return await bitmap(ctx, disk.plan.id + FRESH, disk.chunks)
 
 
-def _room(ctx: BackupContext, pace: _Pace) -> float:
-    """Bytes that can be captured in the freeze. What the guest reads for itself is not slower than what travels."""
-    by_time = ctx.freeze_budget * FREEZE_SHARE * max(pace.copy_rate, SLOWEST)
-    return min(by_time, pace.room)
-
-
-def _too_fast(ctx: BackupContext, plans: list[DiskPlan], pace: _Pace) -> NotConverging:
+def _too_fast(ctx: BackupContext, plans: list[DiskPlan], pace: Pace) -> NotConverging:
     names = ", ".join(plan.id for plan in plans)
     return NotConverging(
         f"VM {ctx.vm}: the guest writes about {human(round(pace.write_rate))} a second to {names}, and "
         f"{human(round(pace.copy_rate))} a second can be copied: after {len(pace.left)} rounds {human(pace.left[-1])} "
-        f"would be left for the freeze, where {human(round(_room(ctx, pace)))} have room. Run the backup at a quieter "
+        f"would be left for the freeze, where {human(round(pace.capturable(ctx.freeze_budget)))} have room. Run the backup at a quieter "
         "time, allow a longer freeze (--freeze-budget) and more memory ([guest] capture_limit), or put the filesystem "
         "on a device-mapper volume (vmbackup-guest enroll DEVICE in the guest, or LVM), where a snapshot can hold it"
     )
 
 
-def _count(pace: _Pace, began: float, chunks: int) -> None:
+def _count(pace: Pace, began: float, chunks: int) -> None:
     pace.last = time.monotonic() - began
     pace.seconds += pace.last
     pace.copied += chunks * CHUNK
