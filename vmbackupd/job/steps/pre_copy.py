@@ -143,10 +143,11 @@ async def _marks(ctx: BackupContext, disk: Reading) -> Bitmap:
 
 def _too_fast(ctx: BackupContext, plans: list[DiskPlan], pace: Pace) -> NotConverging:
     names = ", ".join(plan.id for plan in plans)
+    room = human(round(pace.capturable(ctx.freeze_budget)))
     return NotConverging(
         f"VM {ctx.vm}: the guest writes about {human(round(pace.write_rate))} a second to {names}, and "
         f"{human(round(pace.copy_rate))} a second can be copied: after {len(pace.left)} rounds {human(pace.left[-1])} "
-        f"would be left for the freeze, where {human(round(pace.capturable(ctx.freeze_budget)))} have room. Run the backup at a quieter "
+        f"would be left for the freeze, where {room} have room. Run the backup at a quieter "
         "time, allow a longer freeze (--freeze-budget) and more memory ([guest] capture_limit), or put the filesystem "
         "on a device-mapper volume (vmbackup-guest enroll DEVICE in the guest, or LVM), where a snapshot can hold it"
     )
