@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from tests.conftest import require
 from tests.lab.qemu import Qemu
-from tests.lab.services import Processes
+from tests.lab.services import Processes, until
 from tests.unit.hypervisor import machine as machines
 from tests.unit.hypervisor.plain import FEW_DISKS, PlainQemu
 
@@ -82,3 +83,17 @@ def few_disks(new_qemu: Callable[..., PlainQemu], tmp_path: Path) -> PlainQemu:
     machines.create(tmp_path / "a.qcow2")
     machines.create(tmp_path / "b.raw", "raw")
     return new_qemu(FEW_DISKS)
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Iterator[str]:
+    """A raw disk vdb that QEMU reaches over NBD: there is no file to put an overlay beside."""
+    image, socket = machines.create(tmp_path / "net.raw", "raw"), tmp_path / "net.sock"
+    server = subprocess.Popen(["qemu-nbd", "-t", "-f", "raw", "-k", str(socket), "-x", "d", str(image)])
+    try:
+        until(socket.exists, 10, "qemu-nbd listens")
+        yield ("<disk type='network' device='disk'><driver name='qemu' type='raw'/><source protocol='nbd' name='d'>"
+               f"<host transport='unix' socket='{socket}'/></source><target dev='vdb' bus='virtio'/></disk>")
+    finally:
+        server.terminate()
+        server.wait()

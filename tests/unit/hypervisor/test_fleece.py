@@ -4,33 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.lab.services import until
 from tests.unit.hypervisor.machine import SCSI, Machine, create, dirty, disk, pattern, tool
 from vmbackupd.errors import HypervisorError, InvalidArgument, NotRunning
 from vmbackupd.hypervisor.base import FleeceExport
 from vmbackupd.hypervisor.libvirt import LibvirtHypervisor
 
 NAME = "vmbackupd-j1"
-
-
-@pytest.fixture
-def network(tmp_path: Path) -> Iterator[str]:
-    """A raw disk that QEMU reaches over NBD: there is no file to put an overlay beside."""
-    image, socket = create(tmp_path / "net.raw", "raw"), tmp_path / "net.sock"
-    server = subprocess.Popen(["qemu-nbd", "-t", "-f", "raw", "-k", str(socket), "-x", "d", str(image)])
-    try:
-        until(socket.exists, 10, "qemu-nbd listens")
-        yield ("<disk type='network' device='disk'><driver name='qemu' type='raw'/><source protocol='nbd' name='d'>"
-               f"<host transport='unix' socket='{socket}'/></source><target dev='vdb' bus='virtio'/></disk>")
-    finally:
-        server.terminate()
-        server.wait()
 
 
 @pytest.fixture

@@ -82,6 +82,25 @@ def test_one_kind_follows_the_other(backups: Backups) -> None:
         assert backups.image(taken)[number << 20] == number
 
 
+def test_a_disk_on_the_network_is_served_and_takes_the_others_along(
+    new_machine: Callable[..., Machine], tmp_path: Path, network: str
+) -> None:
+    machine = new_machine(disk(create(tmp_path / "a.qcow2"), "vda") + network)
+    storage = LocalStorage(tmp_path / "repository")
+    storage.create()
+    backups = Backups(machine, Repository.create(storage),
+                      lambda work: with_hypervisor(machine.host.uri, work, Answering))
+    write(backups, 1, "0", "1M")
+    backups.take()
+    write(backups, 2, "0", "64k")
+    backups.during = lambda: write(backups, 3, "0", "128k")  # after T1
+    taken = backups.take()
+    assert {volume.details["t2"] for volume in taken.values()} == {"fleece"}
+    assert taken["vda"].change.method is Change.BITMAP and taken["vdb"].change.method is Change.FULL
+    for volume in taken.values():
+        assert (backups.image(volume)[0], backups.image(volume)[CHUNK]) == (2, 1)
+
+
 def test_a_full_backup_and_switched_off_bitmaps(backups: Backups) -> None:
     backups.take()
     assert backups.take(full=True)["vda"].change.reason == "a full backup was asked for"
