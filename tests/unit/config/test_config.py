@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmbackupd.config import MachineConfig, load, parse, seconds, size, to_toml
@@ -180,6 +180,7 @@ def test_the_example_is_the_defaults_and_its_comments_are_valid() -> None:
     assert (given.encryption.configured, given.retention) == (True, parse("").retention)
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1), st.floats(0.01, 1e6),
        st.integers(1, 2**60))
 def test_what_is_shown_reads_back_the_same(text: str, budget: float, scratch: int) -> None:
@@ -193,6 +194,7 @@ def test_what_is_shown_reads_back_the_same(text: str, budget: float, scratch: in
     assert parse(to_toml(config)) == config
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(st.one_of(st.text(), st.integers(), st.floats(), st.booleans(), st.none(), st.lists(st.integers())))
 def test_quantities_are_read_or_refused(value: object) -> None:
     for read in (seconds, size):
