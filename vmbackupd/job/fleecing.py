@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from vmbackupd.errors import HypervisorError
+from vmbackupd.errors import HypervisorError, NotRunning
+from vmbackupd.job.bases import Start
 from vmbackupd.job.context import BackupContext
 from vmbackupd.job.coverage import DiskPlan
 from vmbackupd.units import MiB, human
+
+log = logging.getLogger("job.fleecing")
 
 ROOM = 256 * MiB  # left on the file system of the scratch images when the backup is given up for the guest's sake
 
@@ -35,13 +39,23 @@ def socket_path(ctx: BackupContext) -> str:
 
 
 async def begin(ctx: BackupContext, disks: dict[str, str]) -> None:
-    """Serve the disks as of now, with what changed on each since the image it begins as; sets ``ctx.fleece``."""
+    """Serve the disks as of now, with what changed on each since the image it begins as; sets ``ctx.fleece``. Where the
+    bitmaps are refused the disks are served without, to be read whole."""
     since = {}
     for target in disks:
         start = ctx.starts.get(target)
         if start is not None and start.base is not None and start.base.token is not None:
             since[target] = start.base.token
-    served = await ctx.hypervisor.begin_fleece(ctx.domain.uuid, disks, socket_path(ctx), since)
+    try:
+        served = await ctx.hypervisor.begin_fleece(ctx.domain.uuid, disks, socket_path(ctx), since)
+    except NotRunning:
+        raise
+    except HypervisorError as error:
+        if not since:
+            raise
+        log.warning("VM %s: served without bitmaps: %s", ctx.vm, error)
+        served = await ctx.hypervisor.begin_fleece(ctx.domain.uuid, disks, socket_path(ctx), {})
+        ctx.starts.update(dict.fromkeys(since, Start(None, f"its dirty bitmap cannot be served: {error}")))
     ctx.fleece = dict(served)
 
 

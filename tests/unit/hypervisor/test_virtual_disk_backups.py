@@ -73,6 +73,24 @@ def test_a_row_of_backups_reads_what_changed_and_holds_what_was_there(backups: B
     assert [each.getName() for each in backups.machine.dom.listAllCheckpoints()] == [bitmap_name("vmbackupd-j3", "vda")]
 
 
+def test_a_bitmap_that_is_gone_at_the_last_moment_costs_a_full_read(
+    backups: Backups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(backups, 1, "0", "1M")
+    backups.take()
+    begin = fleecing.begin
+
+    async def late(ctx: BackupContext, disks: dict[str, str]) -> None:
+        backups.machine.dom.checkpointLookupByName(bitmap_name("vmbackupd-j1", "vda")).delete(0)
+        await begin(ctx, disks)
+
+    monkeypatch.setattr(fleecing, "begin", late)
+    write(backups, 2, "0", "64k")
+    taken = backups.take(t2=T2.FLEECE)["vda"]
+    assert taken.change.method is Change.FULL and "its dirty bitmap cannot be served" in taken.change.reason
+    assert backups.image(taken)[0] == 2
+
+
 def test_one_kind_follows_the_other(backups: Backups) -> None:
     write(backups, 1, "0", "1M")
     for number, t2 in enumerate((T2.EXTERNAL, T2.FLEECE, T2.EXTERNAL, T2.FLEECE)):
