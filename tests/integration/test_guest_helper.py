@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import pytest
 
+from tests.integration.installed import helper_installed
 from tests.lab.guest import Guest
 from tests.lab.lab import Lab
 from tests.lab.services import until
@@ -29,7 +30,6 @@ from vmbackupd.errors import GuestAgentRefused, GuestHelperError, GuestHelperUna
 from vmbackupd.guest import client as client_module
 from vmbackupd.guest import topology
 from vmbackupd.guest.client import GuestHelper, open_data_channel, remove_leftovers
-from vmbackupd.guest.deploy import build_zipapp
 from vmbackupd.guest.report import GuestDevice, GuestReport
 from vmbackupd.hypervisor.libvirt import LibvirtHypervisor
 from vmbackupd.hypervisor.storage_daemon import create_qcow2
@@ -38,7 +38,6 @@ from vmbackupd.units import GiB, MiB
 pytestmark = pytest.mark.lab
 
 T = TypeVar("T")
-PACKAGING = Path(__file__).parents[2] / "packaging/guest"
 STORE = 64 * MiB
 
 
@@ -378,23 +377,9 @@ def test_installed_helper(lab: Lab, plain_guest: Guest, tmp_path: Path, monkeypa
 
     with plain_guest.agent_restricted():
         run_in_lab(lab, plain_guest, tmp_path, refused)
-        plain_guest.exec("mkdir -p /usr/lib/vmbackupd-guest")
-        plain_guest.write_file("/usr/lib/vmbackupd-guest/helper.pyz", build_zipapp())
-        files = {
-            "vmbackupd-guest@.service": "/etc/systemd/system/vmbackupd-guest@.service",
-            "90-vmbackupd-guest.rules": "/etc/udev/rules.d/90-vmbackupd-guest.rules",
-        }
-        for name, path in files.items():
-            plain_guest.write_file(path, (PACKAGING / name).read_bytes())
-        try:
-            plain_guest.exec("systemctl daemon-reload && udevadm control --reload")
+        with helper_installed(plain_guest):
             monkeypatch.setattr(client_module, "INSTALLED_TIMEOUT", 60.0)
             run_in_lab(lab, plain_guest, tmp_path, served)
-        finally:
-            plain_guest.exec(
-                f"rm -rf /usr/lib/vmbackupd-guest {' '.join(files.values())}; systemctl daemon-reload; "
-                "udevadm control --reload"
-            )
 
 
 def test_guest_without_python(lab: Lab, plain_guest: Guest, tmp_path: Path) -> None:

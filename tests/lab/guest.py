@@ -282,22 +282,23 @@ class Guest:
         text = self.exec("cat /run/fsfreeze-hook.log 2>/dev/null || true").decode()
         return [line.split()[0] for line in text.splitlines()]
 
-    def restrict_agent(self, commands: Sequence[str]) -> None:
-        """Restart the official agent so that it refuses ``commands``, as RHEL's does guest-exec; ``()`` lifts it."""
-        options = "-b" + ",".join(commands) if commands else ""
+    def restart_agent(self, options: str) -> None:
+        """Restart the official agent with further options; none: as it was."""
         self.write_file("/run/qemu-ga.env", f"QEMU_GA_OPTIONS={options}\n".encode())
         self.exec("systemctl restart qemu-guest-agent")
         until(self._answers, 30, "guest agent answers after its restart", 0.1)
 
     @contextlib.contextmanager
     def agent_restricted(self, *commands: str) -> Iterator[None]:
-        """A block in which the official agent refuses ``commands`` (by default guest-exec and guest-file-*)."""
+        """A block in which the official agent refuses ``commands`` (by default guest-exec and guest-file-*), as that of
+        Red Hat Enterprise Linux up to 9.3.
+        """
         files = [f"guest-file-{verb}" for verb in ("open", "close", "read", "write", "seek", "flush")]
-        self.restrict_agent(commands or ("guest-exec", "guest-exec-status", *files))
+        self.restart_agent("-b" + ",".join(commands or ("guest-exec", "guest-exec-status", *files)))
         try:
             yield
         finally:
-            self.restrict_agent(())
+            self.restart_agent("")
 
     @contextlib.contextmanager
     def without_python(self) -> Iterator[None]:

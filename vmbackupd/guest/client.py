@@ -131,16 +131,18 @@ class GuestHelper:
             ) from refused or error
 
     @classmethod
-    async def reconnect(cls, socket_path: str, *, vm: str, job: str, lease: float = 300.0) -> GuestHelper:
+    async def reconnect(
+        cls, socket_path: str, *, vm: str, job: str, lease: float = 300.0, timeout: float = RECONNECT_TIMEOUT
+    ) -> GuestHelper:
         """A session with a helper that runs already. Raises ``GuestHelperUnavailable`` when none answers in a few
         seconds."""
-        return await cls._connect(socket_path, vm=vm, job=job, lease=lease, timeout=RECONNECT_TIMEOUT)
+        return await cls._connect(socket_path, vm=vm, job=job, lease=lease, timeout=timeout)
 
     @classmethod
     async def _connect(cls, path: str, *, vm: str, job: str, lease: float, timeout: float) -> GuestHelper:
         channel = await Channel.open(path, vm=vm, timeout=timeout)
         try:
-            identity = parse_identity(await channel.request("identify", {}, _SHORT))
+            identity = parse_identity(await channel.request("identify", {"lease_s": lease}, _SHORT))
         except BaseException:
             await channel.close()
             raise
@@ -304,11 +306,12 @@ async def open_data_channel(socket_path: str, *, timeout: float) -> socket.socke
 async def remove_leftovers(agent: AgentCall, *, vm: str, job: str) -> None:
     """Where no helper answers: end what there may be of one, and run another once to remove everything of ``job``.
 
-    Raises ``GuestAgentUnavailable``, ``GuestAgentRefused``, ``GuestHelperUnavailable`` (with what it said).
+    Raises ``GuestAgentUnavailable``, ``GuestAgentRefused`` (the guest has its own means, then: the service manager
+    cleans up after an installed helper and starts it anew), ``GuestHelperUnavailable`` (with what it said).
     """
     if not await deploy.may_execute(agent):
         raise GuestAgentRefused(
             f"VM {vm}: its guest agent does not allow guest-exec; an installed helper removes the snapshots of {job} "
-            "by itself when its lease ends"
+            "by itself when its lease ends or its port is unplugged"
         )
     await deploy.release(agent, vm=vm, job=job, timeout=RELEASE_TIMEOUT)

@@ -28,7 +28,7 @@ PORT = ("org.vmbackupd.", ".c")  # what stands around the job in the name of its
 
 
 def main() -> int:
-    """Exit status: 0 done, 1 failed, 2 usage."""
+    """Exit status: 0 done, 1 failed, 2 usage, 3 the host fell silent and may come back: another may be started."""
     if sys.argv[1:2] and sys.argv[1] in enroll.COMMANDS:
         return enroll.main(sys.argv[1:])
     parser = argparse.ArgumentParser(prog="vmbackupd-guest-helper")
@@ -41,6 +41,7 @@ def main() -> int:
     parser.add_argument("--allow-files", action="store_true")
     parser.add_argument("--remove-self", action="store_true")
     options = parser.parse_args()
+    status = 0
     try:
         if options.release:
             _release(options.release)
@@ -48,16 +49,17 @@ def main() -> int:
             for device in Trackers().untrack():
                 print(device)
         else:
-            _serve(options)
+            status = 0 if _serve(options) else 3
     except (HelperError, OSError) as error:
         print("vmbackupd guest helper: %s" % error, file=sys.stderr)
         return 1
     if options.remove_self:  # after a failure the service manager runs it once more, to clean up
         _remove_self()
-    return 0
+    return status
 
 
-def _serve(options: argparse.Namespace) -> None:
+def _serve(options: argparse.Namespace) -> bool:
+    """False when nobody told the helper to end."""
     signal.signal(signal.SIGTERM, _end)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     memory.interruptible()
@@ -65,9 +67,9 @@ def _serve(options: argparse.Namespace) -> None:
         port = Port(options.fd) if options.fd is not None else open_port(options.port, PORT_WAIT)
     except OSError as error:
         if error.errno == errno.EBUSY:
-            return  # an installed helper, started by udev, serves this port already
+            return True  # an installed helper, started by udev, serves this port already
         raise
-    control.Control(port, options.lease, options.allow_files).run()
+    return control.Control(port, options.lease, options.allow_files).run()
 
 
 def _end(number: int, frame: object) -> None:

@@ -63,20 +63,22 @@ class Control:
             "quit": self._quit,
         }
 
-    def run(self) -> None:
-        """Until ``quit``, or until the host has been silent for the lease; nothing of ours is left then."""
+    def run(self) -> bool:
+        """Until ``quit``, or until the host has been silent for the lease; nothing of ours is left then. False when the
+        host may still come back: the lease has ended, and the port is there."""
         try:
             while not self._ended and time.monotonic() - self._heard < self._lease:
                 try:
                     self._turn()
                 except PortGone:
-                    break  # unplugged: nobody will ask any more
+                    self._ended = True  # unplugged: nobody will ask any more
                 except PortClosed:
                     self._in_session = False
                     self._port.reset()
                     time.sleep(PAUSE)
         finally:
             self._drop()
+        return self._ended
 
     def _turn(self) -> None:
         """Whatever has come: a hello, and in a session requests."""
@@ -139,6 +141,9 @@ class Control:
     # methods
 
     def _identify(self, params: Params) -> Dict[str, Any]:
+        """Who answers. The host tells its lease: an installed helper was started without knowing it."""
+        if "lease_s" in params:
+            self._lease = number(params, "lease_s", 0.1, 86400)
         return {
             "version": PROTOCOL,
             "helper": HELPER_VERSION,

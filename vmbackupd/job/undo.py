@@ -26,7 +26,7 @@ from vmbackupd.errors import (
     NotFound,
     NotRunning,
 )
-from vmbackupd.guest.client import GuestHelper, remove_leftovers
+from vmbackupd.guest.client import INSTALLED_TIMEOUT, RECONNECT_TIMEOUT, GuestHelper, remove_leftovers
 from vmbackupd.hypervisor.base import Hypervisor
 from vmbackupd.job.journal import Entry, Journal
 
@@ -73,29 +73,35 @@ async def release_snapshots(ctx: UndoContext, args: dict[str, str]) -> None:
         helper = await _connected(ctx, args)
         await helper.release()
     except HELPER_LOST as error:
-        await _drop_helper(ctx, error)
+        await _drop_helper(ctx, args, error)
 
 
 async def stop_helper(ctx: UndoContext, args: dict[str, str]) -> None:
     """End the helper's process in the guest and remove its file."""
     try:
-        helper = await _connected(ctx, args)
-        ctx.helper = None
-        try:
-            await helper.quit()
-        finally:
-            await helper.close()
+        await _quit(ctx, await _connected(ctx, args))
     except HELPER_LOST as error:
-        await _drop_helper(ctx, error)
+        await _drop_helper(ctx, args, error)
+        if ctx.helper is not None:
+            with suppress(*HELPER_LOST):  # it ends by its lease, or with its port
+                await _quit(ctx, ctx.helper)
 
 
-async def _connected(ctx: UndoContext, args: dict[str, str]) -> GuestHelper:
+async def _quit(ctx: UndoContext, helper: GuestHelper) -> None:
+    ctx.helper = None
+    try:
+        await helper.quit()
+    finally:
+        await helper.close()
+
+
+async def _connected(ctx: UndoContext, args: dict[str, str], timeout: float = RECONNECT_TIMEOUT) -> GuestHelper:
     if ctx.helper is None:
-        ctx.helper = await GuestHelper.reconnect(args["socket"], vm=ctx.vm, job=ctx.job)
+        ctx.helper = await GuestHelper.reconnect(args["socket"], vm=ctx.vm, job=ctx.job, timeout=timeout)
     return ctx.helper
 
 
-async def _drop_helper(ctx: UndoContext, error: BaseException) -> None:
+async def _drop_helper(ctx: UndoContext, args: dict[str, str], error: BaseException) -> None:
     log.warning(
         "VM %s: the guest helper of job %s does not answer (%s); starting another to clean up", ctx.vm, ctx.job, error
     )
@@ -105,9 +111,17 @@ async def _drop_helper(ctx: UndoContext, error: BaseException) -> None:
     try:
         await remove_leftovers(partial(_agent, ctx), vm=ctx.vm, job=ctx.job)
     except GuestAgentRefused as refused:
-        # Nothing was pushed into such a guest. A helper installed there that no longer answers ends by its lease, and
-        # nobody but itself can be asked to do so.
-        log.warning("VM %s: %s", ctx.vm, refused)
+        await _release_through_installed(ctx, args, refused)
+
+
+async def _release_through_installed(ctx: UndoContext, args: dict[str, str], refused: GuestAgentRefused) -> None:
+    """Nothing was pushed into such a guest. Its service manager cleans up after a helper that died and starts it anew
+    on its port: that one confirms that nothing is left."""
+    try:
+        helper = await _connected(ctx, args, INSTALLED_TIMEOUT)
+        await helper.release()
+    except HELPER_LOST as error:
+        log.warning("VM %s: %s; none has answered since (%s)", ctx.vm, refused, error)
 
 
 async def _agent(ctx: UndoContext, command: str, arguments: object = None, timeout: float = AGENT_TIMEOUT) -> object:

@@ -193,7 +193,19 @@ def test_refused_requests_leave_the_session(
 
 
 def test_lease(start_helper: Start) -> None:
-    assert start_helper("--lease", "0.5").wait(20) == 0
+    assert start_helper("--lease", "0.5").wait(20) == 3
+
+
+def test_the_host_tells_its_lease(start_helper: Start, control: str) -> None:
+    process = start_helper()
+
+    async def run() -> None:
+        channel = await Channel.open(control, vm="vm", timeout=20)
+        await channel.request("identify", {"lease_s": 0.5}, 20)
+        await channel.close()
+
+    asyncio.run(run())
+    assert process.wait(20) == 3
 
 
 def test_keeps_alive_beyond_the_lease(start_helper: Start, control: str) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vmbackupd.errors import HypervisorError, NotRunning
+from vmbackupd.errors import GuestAgentRefused, GuestHelperUnavailable, HypervisorError, NotRunning
+from vmbackupd.guest.client import INSTALLED_TIMEOUT, GuestHelper
 from vmbackupd.job import recovery, undo
 from vmbackupd.job.journal import Header, Journal
 
@@ -100,3 +101,43 @@ def test_journals_of_running_jobs_are_left_alone(journal: Journal, tmp_path: Pat
     assert recovery.pending_journals(tmp_path, {"j00000001"}) == []
     assert recovery.journals_of(tmp_path, "another") == []
     assert recovery.journals_of(tmp_path, "u") == [journal.path]
+
+
+class Restarted:
+    """Stands in for an installed helper: the first is dead, the guest starts another while somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    async def reconnect(self, *words: object, timeout: float, **named: object) -> Restarted:
+        if timeout < INSTALLED_TIMEOUT:
+            raise GuestHelperUnavailable("no guest helper answered")
+        return self
+
+    async def release(self) -> None:
+        self.calls.append("release")
+
+    async def quit(self) -> None:
+        self.calls.append("quit")
+
+    async def close(self) -> None:
+        self.calls.append("close")
+
+
+@pytest.mark.parametrize("undos", [("release_snapshots", "stop_helper"), ("stop_helper",)])
+def test_a_helper_that_the_guest_started_anew_is_asked(monkeypatch: pytest.MonkeyPatch, undos: tuple[str, ...]) -> None:
+    """Where the agent runs nothing for us: it confirms that nothing is left, and is ended."""
+
+    async def refuse(*words: object, **named: object) -> None:
+        raise GuestAgentRefused("no guest-exec")
+
+    helper, ctx = Restarted(), Recorder()
+    monkeypatch.setattr(GuestHelper, "reconnect", helper.reconnect)
+    monkeypatch.setattr(undo, "remove_leftovers", refuse)
+
+    async def run() -> None:
+        for name in undos:
+            await undo.UNDO[name](ctx, {"socket": "/none"})
+
+    asyncio.run(run())
+    assert helper.calls == ["release", "quit", "close"] and ctx.helper is None
