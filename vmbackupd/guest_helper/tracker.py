@@ -181,6 +181,8 @@ class Trackers:
         self._disks, self._collected = {}, {}
         self._taken = self._sealed = self._late = False
         self._side = ctypes.c_uint32(0)
+        if self._lock >= 0:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # data servers have it open too
         for descriptor in (self._switch, self._lock):
             if descriptor >= 0:
                 os.close(descriptor)

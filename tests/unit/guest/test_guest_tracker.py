@@ -430,6 +430,24 @@ def test_two_helpers_at_a_time(tracking: Tracking, loop: Disk) -> None:
         other.untrack()
 
 
+def test_a_child_does_not_keep_the_next_out(tracking: Tracking, loop: Disk) -> None:
+    """A data server may end later than the session that it served."""
+    tracking.track(loop)
+    ask, asked = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(asked)
+        os.read(ask, 1)
+        os._exit(0)
+    try:
+        assert tracking.trackers.untrack() == [loop.devno]
+        assert tracking.track(loop)[0]["tracking"]
+    finally:
+        for descriptor in (ask, asked):
+            os.close(descriptor)
+        os.waitpid(child, 0)
+
+
 def test_a_kernel_without_types(tmp_path: Path) -> None:
     with pytest.raises(HelperError, match="does not describe its types"):
         btf.Types(str(tmp_path / "none"))
