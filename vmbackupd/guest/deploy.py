@@ -9,10 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import functools
-import importlib.util
 import io
-import marshal
 import shlex
 import sys
 import zipfile
@@ -74,11 +71,8 @@ exit $status
 )
 
 
-@functools.cache
 def build_zipapp() -> bytes:
-    """The helper as one file for ``python3``, built once: the sources, and beside each what this Python makes of it, so
-    that a guest with the same Python need not compile them (half of the helper's start). Another Python passes
-    bytecode over whose magic number is not its own (zipimport)."""
+    """The helper as one file for ``python3``: the same bytes for the same sources."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
 
@@ -89,18 +83,8 @@ def build_zipapp() -> bytes:
         sources = resources.files("vmbackupd.guest_helper")
         for source in sorted(sources.iterdir(), key=lambda item: item.name):
             if source.name.endswith(".py"):
-                name, content = f"{PACKAGE}/{source.name}", source.read_bytes()
-                add(name, content)
-                add(f"{name}c", _bytecode(name, content))
+                add(f"{PACKAGE}/{source.name}", source.read_bytes())
     return packed.getvalue()
-
-
-def _bytecode(name: str, source: bytes) -> bytes:
-    """A ``.pyc`` that is not checked against its source (PEP 552): magic, flags, hash, code."""
-    code = compile(source, name, "exec", dont_inherit=True)
-    unchecked = (0b01).to_bytes(4, "little")
-    body = marshal.dumps(code, 2)  # later versions depend on what else refers to a constant
-    return importlib.util.MAGIC_NUMBER + unchecked + importlib.util.source_hash(source) + body
 
 
 async def may_execute(agent: AgentCall) -> bool:
