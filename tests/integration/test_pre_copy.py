@@ -106,7 +106,7 @@ def test_what_changed_before_a_killed_backup_is_in_the_next_one(setup: Setup, po
     shown = setup.service.ctl("show", setup.service.ctl("backup", setup.guest.name)["backup"])
     change = setup.volume(shown)["change"]
     assert (change["method"], change["base"], change["missed"]) == ("tracked", base, 0)
-    files = setup.service.restore_files(shown["id"], "marked", tmp_path)
+    files = setup.service.restore_files(shown["id"], f"marked-{shown['id'][-8:]}", tmp_path)
     assert volumes.read_file(files[setup.ident], "/mark") == content
 
 
