@@ -21,7 +21,7 @@ from vmbackupd.guest import topology
 from vmbackupd.guest.client import THIN, GuestHelper, ThinState
 from vmbackupd.units import MiB
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.extended]
 
 MAKE = """
 set -e

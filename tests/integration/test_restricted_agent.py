@@ -18,7 +18,7 @@ from tests.lab.guest import Guest
 from tests.lab.services import until
 from tests.lab.workload import Workload
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.extended]
 
 
 @pytest.fixture(scope="module")
