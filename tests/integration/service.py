@@ -178,10 +178,15 @@ class Pause:
         self._directory, self._point = directory, point
         self.fault = f"{point}=pause:{directory}"
 
-    def wait(self) -> None:
-        """Wait until the daemon has come there."""
+    def wait(self, command: subprocess.Popen[str] | None = None) -> None:
+        """Wait until the daemon has come there, or ``command``, which shall bring it there, has ended."""
         reached = self._directory / f"{self._point}.reached"
-        until(reached.exists, COMMAND_DEADLINE, f"the daemon reaches {self._point}", 0.05)
+        until(
+            lambda: reached.exists() or (command is not None and command.poll() is not None),
+            COMMAND_DEADLINE,
+            f"the daemon reaches {self._point}",
+            0.05,
+        )
 
     def go(self) -> None:
         """Let it go on."""

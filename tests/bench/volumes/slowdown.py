@@ -35,7 +35,9 @@ def one_round(machine: Machine) -> Iterator[tuple[str, str, Sample]]:
     pause = Pause(machine.directory, "t1-snapshot:end")
     machine.service.restart(pause.fault)
     backup = machine.service.begin("backup", machine.guest.name, "--full")
-    pause.wait()
+    pause.wait(backup)
+    if backup.poll() is not None:
+        raise Failed(f"the backup ended before it held T1: {machine.service.end(backup)}")
     yield from _told(HELD, _turns(machine))
     began = time.monotonic()
     pause.go()
