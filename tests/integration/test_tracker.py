@@ -171,7 +171,7 @@ async def require_marked(helper: GuestHelper, bitmaps: Bitmaps, guest: Guest, na
     return found
 
 
-@pytest.mark.parametrize("kind", ["plain", "trixie", "bullseye"])
+@pytest.mark.parametrize("kind", ["plain", "trixie", pytest.param("bullseye", marks=pytest.mark.extended)])
 def test_every_way_to_write(lab: Lab, request: pytest.FixtureRequest, tmp_path: Path, kind: str) -> None:
     """Whatever way the guest changes a LUN: the chunks that differ in its file were marked, and few others. ``bios``
     is a multipath device of the kind that takes bios."""
