@@ -171,7 +171,10 @@ async def require_marked(helper: GuestHelper, bitmaps: Bitmaps, guest: Guest, na
     return found
 
 
-@pytest.mark.parametrize("kind", ["plain", "trixie", pytest.param("bullseye", marks=pytest.mark.extended)])
+FURTHER = [pytest.param(kind, marks=pytest.mark.extended) for kind in ("trixie", "bullseye")]
+
+
+@pytest.mark.parametrize("kind", ["plain", *FURTHER])
 def test_every_way_to_write(lab: Lab, request: pytest.FixtureRequest, tmp_path: Path, kind: str) -> None:
     """Whatever way the guest changes a LUN: the chunks that differ in its file were marked, and few others. ``bios``
     is a multipath device of the kind that takes bios."""
@@ -216,6 +219,7 @@ def test_every_way_to_write(lab: Lab, request: pytest.FixtureRequest, tmp_path: 
             guest.destroy()
 
 
+@pytest.mark.extended
 @pytest.mark.usefixtures("clean")
 def test_backups_under_a_writer(lab: Lab, plain_guest: Guest, tmp_path: Path) -> None:
     """Each T1 is cut in a freeze, with snapshots, while a writer goes on. What differs between two T1s was marked, also
