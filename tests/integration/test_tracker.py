@@ -278,6 +278,7 @@ def test_backups_under_a_writer(lab: Lab, plain_guest: Guest, tmp_path: Path) ->
             assert len(changed[name]) < len(old[name]) // 2
 
 
+@pytest.mark.extended
 def test_what_ends_a_generation(lab: Lab, tmp_path: Path) -> None:
     """It outlives the helper that was killed and one that ran into its lease; not another consumer, not a disk that was
     attached again, not a boot."""
