@@ -177,7 +177,7 @@ class PassthroughConfig:
     """How pass-through disks are read: ``direct`` is ``auto`` (by the host where the domain gives the guest a LUN that
     the host can open, else through the guest) or ``never`` (always through the guest)."""
 
-    direct: str = "never"
+    direct: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

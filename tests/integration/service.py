@@ -192,6 +192,11 @@ class Pause:
         """Let it go on."""
         (self._directory / f"{self._point}.go").touch()
 
+    def again(self) -> None:
+        """The next job, too, waits there. For between two jobs."""
+        for what in ("reached", "go"):
+            (self._directory / f"{self._point}.{what}").unlink(missing_ok=True)
+
 
 def storage_daemons() -> list[str]:
     """Command lines of the qemu-storage-daemons on this machine."""

@@ -6,8 +6,10 @@ hand in the guest: discovery answers with the address that the target listens on
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,6 +116,16 @@ class IscsiTarget:
         lun = Lun(iqn, number, path, serial, self.portal, self.portal_guest)
         self._luns[iqn].append(lun)
         return lun
+
+    @contextlib.contextmanager
+    def closed(self, iqn: str) -> Iterator[None]:
+        """A block in which nobody new can log in to a target; the sessions that are there go on."""
+        who = ("--tid", str(self._targets[iqn]), "-I", "ALL")
+        self.admin("--mode", "target", "--op", "unbind", *who)
+        try:
+            yield
+        finally:
+            self.admin("--mode", "target", "--op", "bind", *who)
 
     def delete_target(self, iqn: str) -> None:
         """Drop a target with its sessions and LUNs, as a storage array that went away does; the files too."""
