@@ -16,7 +16,7 @@ from tests.lab.iscsi import Lun
 from tests.lab.services import until
 from vmbackupd.units import MiB
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.extended]
 
 MOUNT = "/mnt/enrolled"
 UNIT = "mnt-enrolled.mount"
