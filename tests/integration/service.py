@@ -104,6 +104,18 @@ class Service:
             status = process.wait(timeout=60)
             assert status == 0, f"the daemon ended with {status}:\n{self.tail()}"
 
+    def storage_daemons(self) -> list[str]:
+        """Command lines of its qemu-storage-daemons; others on this machine may belong to another test session."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue  # ended meanwhile
+            if "qemu-storage-daemon" in words.split(" ")[0] and f" {self.lab.dir}/" in words:
+                found.append(words)
+        return found
+
     def signal(self, number: signal.Signals) -> None:
         """Send the daemon a signal."""
         assert self.process is not None
@@ -196,16 +208,3 @@ class Pause:
         """The next job, too, waits there. For between two jobs."""
         for what in ("reached", "go"):
             (self._directory / f"{self._point}.{what}").unlink(missing_ok=True)
-
-
-def storage_daemons() -> list[str]:
-    """Command lines of the qemu-storage-daemons on this machine."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue  # ended meanwhile
-        if "qemu-storage-daemon" in words.split(" ")[0]:
-            found.append(words)
-    return found

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.service import Pause, Service, storage_daemons
+from tests.integration.service import Pause, Service
 from tests.integration.state import State
 from tests.lab import Lab
 from tests.lab.guest import Guest
@@ -56,7 +56,7 @@ def untouched(lab: Lab, plain_guest: Guest, service: Service) -> Iterator[None]:
     assert plain_guest.agent("guest-fsfreeze-status") == "thawed"
     plain_guest.exec("for m in / /mnt/data /mnt/iscsi /mnt/lun /mnt/span; do touch $m/.probe && rm $m/.probe; done")
     assert State.of(lab, plain_guest, service) == before
-    assert not storage_daemons()
+    assert not service.storage_daemons()
 
 
 @pytest.mark.parametrize("point", KILLS)

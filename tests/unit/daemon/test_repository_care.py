@@ -249,18 +249,22 @@ def test_verify_names_what_is_damaged_and_the_next_backup_heals_it(site: Host) -
     backup = site.backup(image)
     other = site.backup(site.image("other.raw", 8, size=MiB), "db")
     assert site.json("verify")["sound"] is True
-    largest = max((site.repository / "packs").glob("*/*"), key=lambda path: path.stat().st_size)
-    data = bytearray(largest.read_bytes())
-    data[len(data) // 2] ^= 1
-    largest.chmod(0o600)
-    largest.write_bytes(data)
+    content = image.read_bytes()
+    packs = {path: path.read_bytes() for path in (site.repository / "packs").glob("*/*")}
+    starts = ((at, content[at : at + 4096]) for at in range(0, SIZE, MiB))
+    at, chunk, pack = next(  # the first block that does not compress lies in a pack as it is
+        (at, start, path) for at, start in starts for path in packs if start in packs[path])
+    data = bytearray(packs[pack])
+    data[data.index(chunk)] ^= 1
+    pack.chmod(0o600)
+    pack.write_bytes(data)
     done = site.ctl("verify", "--data", check=False)
     assert done.returncode == 1
     assert backup in done.stdout and "the repository is damaged" in done.stderr
     report = site.json("verify", "--data", "--restart", status=1)
     assert {row["backup"] for row in report["damage"]} == {backup} and other not in str(report["damage"])
     (row,) = report["damage"]
-    assert row["volume"] == "vda" and 0 < row["length"] <= MiB and row["offset"] < SIZE
+    assert row["volume"] == "vda" and 0 < row["length"] <= MiB and row["offset"] <= at < row["offset"] + row["length"]
     site.backup(image)  # stores again what is damaged
     site.ctl("gc")
     assert site.json("verify", "--data")["sound"] is True
