@@ -6,14 +6,18 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+from tests.integration import oracle
 from tests.integration.installed import helper_installed
+from tests.integration.service import Service
 from tests.lab import Lab
 from tests.lab.guest import CommandFailed, Guest
 from tests.lab.iscsi import Lun
 from tests.lab.services import until
+from tests.lab.workload import Workload
 from vmbackupd.units import MiB
 
 pytestmark = [pytest.mark.lab, pytest.mark.extended]
@@ -105,6 +109,29 @@ def test_a_disk_that_appears_gets_its_device_first(plain: Plain) -> None:
     lower, device = shown.split("\n\n")
     assert "by-uuid" in device and "by-label" in device
     assert "by-uuid" not in lower and "by-label" not in lower and "by-path" in lower and "by-id" in lower
+
+
+def test_a_backup_snapshots_it_at_one_instant_with_all_others(lab: Lab, plain: Plain, tmp_path: Path) -> None:
+    guest, ident = plain.guest, f"iscsi:{plain.lun.iqn}/{plain.lun.lun}"
+    workload = Workload(guest, more={"enrolled": f"{MOUNT}/log"})
+    with Service(lab, tmp_path / "service") as service:
+        service.ctl("repository", "init")
+        coverage = {item["id"]: item for item in service.ctl("inspect", guest.name)["coverage"]}
+        assert coverage[ident]["method"] == "guest-snapshot"
+        workload.start(interval=0.02)
+        try:
+            before = workload.round()
+            backup = service.ctl("backup", guest.name)["backup"]
+            after = workload.round() + 1
+        finally:
+            workload.stop()
+        files = service.restore_files(backup, "enrolled-again", tmp_path / "restored")
+    partition = tmp_path / "partition"
+    partition.write_bytes(files[ident].read_bytes()[MiB:])
+    logs = oracle.judge(files | {"partition": partition}, tmp_path / "raw", {"enrolled": "partition"})
+    numbers = [log.last for log in logs.values()]
+    assert before <= min(numbers) <= max(numbers) <= after
+    assert plain.source() == DEVICE and b"vmbk" not in guest.exec("dmsetup ls")
 
 
 def test_without_the_device_it_is_mounted_as_before_and_somebody_is_told(plain: Plain) -> None:

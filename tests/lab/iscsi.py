@@ -10,7 +10,7 @@ import contextlib
 import socket
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.lab.services import LabError, Processes
@@ -47,9 +47,7 @@ class IscsiTarget:
         self._environment = {"TGT_IPC_SOCKET": str(directory / "tgt")}
         self._targets: dict[str, int] = {}
         self._luns: dict[str, list[Lun]] = {}
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.port = _free_port()
         self.portal = f"127.0.0.1:{self.port}"
         self.portal_guest = f"10.0.2.2:{self.port}"
         processes.start("tgtd", ["tgtd", "-f", "-C", "0", "--iscsi", f"portal={self.portal}"], self._environment)
@@ -117,6 +115,12 @@ class IscsiTarget:
         self._luns[iqn].append(lun)
         return lun
 
+    def second_path(self, lun: Lun) -> Lun:
+        """``lun`` as it is reached through another portal of the target, which is opened for it."""
+        port = _free_port()
+        self.admin("--mode", "portal", "--op", "new", "--param", f"portal=127.0.0.1:{port}")
+        return replace(lun, portal=f"127.0.0.1:{port}", portal_guest=f"10.0.2.2:{port}")
+
     @contextlib.contextmanager
     def closed(self, iqn: str) -> Iterator[None]:
         """A block in which nobody new can log in to a target; the sessions that are there go on."""
@@ -132,3 +136,9 @@ class IscsiTarget:
         self.admin("--mode", "target", "--op", "delete", "--force", "--tid", str(self._targets.pop(iqn)))
         for lun in self._luns.pop(iqn):
             lun.path.unlink()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

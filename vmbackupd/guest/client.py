@@ -65,6 +65,7 @@ START_TIMEOUT = 60.0  # an emulated guest takes ten seconds to start a Python
 INSTALLED_TIMEOUT = 20.0  # for udev and systemd in the guest to start an installed helper
 RECONNECT_TIMEOUT = 6.0
 RELEASE_TIMEOUT = 120.0
+NBD_GREETING = b"NBDMAGICIHAVEOPT"
 _SHORT, _LONG = 20.0, 120.0  # what only looks; what waits for devices in the guest
 
 __all__ = [
@@ -291,7 +292,7 @@ async def open_data_channel(socket_path: str, *, timeout: float) -> socket.socke
     try:
         sock = await hello.connect(socket_path, deadline)
         try:
-            await hello.greet(sock, deadline)
+            await hello.greet(sock, deadline, NBD_GREETING)
             sock.setblocking(True)
         except BaseException:
             sock.close()

@@ -2,7 +2,7 @@
 
 A port may hold stale bytes of an earlier session in both directions, and the helper may be in the middle of it. So an
 unanswered hello is repeated with another nonce, and only the answer to the last one counts: nothing stale can follow
-it.
+it. Where the helper speaks first, its first bytes belong to the answer: it may have given the session up in between.
 """
 
 from __future__ import annotations
@@ -89,8 +89,9 @@ async def connect(path: str, deadline: float) -> socket.socket:
     return sock
 
 
-async def greet(sock: socket.socket, deadline: float) -> None:
-    """Do the hello on a non-blocking socket, and take nothing from it that comes after the answer.
+async def greet(sock: socket.socket, deadline: float, first: bytes = b"") -> None:
+    """Do the hello on a non-blocking socket, and take nothing from it that comes after the answer: that has to begin
+    with ``first``.
 
     Raises ``TimeoutError`` when nobody answers, ``OSError`` or ``GuestProtocolError``.
     """
@@ -101,30 +102,46 @@ async def greet(sock: socket.socket, deadline: float) -> None:
             await loop.sock_sendall(sock, hello.line())
         try:
             async with asyncio.timeout_at(min(deadline, loop.time() + RETRY)):
-                if await _answered(sock, hello):
-                    return
+                await _answered(sock, hello)
+                await _begins(sock, first)
+                return
         except TimeoutError:
             if loop.time() >= deadline:
                 raise
 
 
-async def _answered(sock: socket.socket, hello: Hello) -> bool:
+async def _answered(sock: socket.socket, hello: Hello) -> None:
     """Read up to the answer. Peeks first, because an NBD greeting may follow at once."""
-    shown = 0
+    shown = b""
+    while True:
+        shown = await _more(sock, shown)
+        done, found = hello.look(shown)
+        if done:
+            sock.recv(done)
+        shown = shown[done:]
+        if found:
+            return
+
+
+async def _begins(sock: socket.socket, first: bytes) -> None:
+    """Wait for ``first``, and leave it to be read."""
+    shown = b""
+    while len(shown) < len(first):
+        shown = await _more(sock, shown)
+        if shown[: len(first)] != first[: len(shown)]:
+            raise GuestProtocolError(f"the guest helper begins with {shown[: len(first)]!r}, not with {first!r}")
+
+
+async def _more(sock: socket.socket, shown: bytes) -> bytes:
+    """What there is to read, without taking it, once it is more than ``shown``."""
     while True:
         await _readable(sock)
         data = sock.recv(65536, socket.MSG_PEEK)
         if not data:
             raise ConnectionResetError("the guest's port was closed")
-        if len(data) == shown:  # what was looked at and may be the beginning of the answer: give the rest time
-            await asyncio.sleep(0.005)
-            continue
-        done, found = hello.look(data)
-        if done:
-            sock.recv(done)
-        shown = len(data) - done
-        if found:
-            return True
+        if len(data) > len(shown):
+            return data
+        await asyncio.sleep(0.005)  # the rest takes a moment; the loop would say at once that there is something
 
 
 async def _readable(sock: socket.socket) -> None:

@@ -5,6 +5,10 @@ says POLLIN and POLLHUP at once; bytes that the host queued before it disconnect
 begins with a line ``VMBK1 <32 hex digits>``: everything before it is discarded, and its nonce is sent back. A host
 that is not answered tries again with another nonce and accepts only the answer to its last.
 
+What the host sends, and that it came or went, are told by two paths of the kernel, the latter a work queue: a hello may
+be read before its host is known to have come, or the one before it to have gone. So nobody counts as gone who has not
+been away for ``GRACE``.
+
 A listening socket works like a port: one connection at a time, the next accepted when it has ended.
 """
 
@@ -21,6 +25,7 @@ from . import PROTOCOL
 
 PORTS = "/sys/class/virtio-ports"
 PAUSE = 0.02  # seconds between looks at a port nobody is connected to: its poll never blocks
+GRACE = 1.0  # seconds
 READ_SIZE = 65536
 WRITE_SIZE = 32768  # the kernel takes no more at once
 
@@ -61,6 +66,7 @@ class Port:
         if self._connection >= 0:
             os.set_blocking(self._connection, False)
         self._lost = False  # a connection of the listener has ended; ``reset`` makes room for the next
+        self._away: Optional[float] = None  # monotonic time since which nobody has seemed connected to the port
         self.buffer = bytearray()
 
     def close(self) -> None:
@@ -81,11 +87,14 @@ class Port:
         try:
             data = os.read(self._connection, READ_SIZE)
         except BlockingIOError:
+            self._away = None
             return False
         except OSError as error:
             raise self._closed(error)
         if not data:
-            raise self._closed(None)
+            self._nobody()
+            return False
+        self._away = None
         self.buffer += data
         return True
 
@@ -97,13 +106,14 @@ class Port:
             self._require_connection()
             try:
                 view = view[os.write(self._connection, view[:WRITE_SIZE]) :]
+                self._away = None
                 continue
             except BlockingIOError:
                 pass
             except OSError as error:
                 raise self._closed(error)
             if self._poll(select.POLLOUT, 1.0) & select.POLLHUP:
-                raise PortClosed
+                self._nobody()
             if deadline is not None and time.monotonic() > deadline:
                 raise PortClosed
 
@@ -169,6 +179,15 @@ class Port:
     def _require_connection(self) -> None:
         if self._connection < 0 or self._lost:
             raise PortClosed
+
+    def _nobody(self) -> None:
+        """Nobody seems to be connected: pauses. Raises ``PortClosed`` once it has been so for long enough."""
+        now, since = time.monotonic(), self._away  # another thread may be writing
+        if since is None:
+            self._away = since = now
+        if self._ends or self._listener is not None or now - since > GRACE:
+            raise self._closed(None)
+        time.sleep(PAUSE)
 
     def _poll(self, events: int, seconds: float) -> int:
         poller = select.poll()

@@ -1,5 +1,5 @@
 """A running guest backed up in full, after one percent of two files changed, and after nothing did; virtnbdbackup of
-its virtual disks beside it. Each tool starts a chain of its own in its turn."""
+its virtual disks beside it. Each tool starts a chain of its own in an empty place in its turn."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ PEER = "virtnbdbackup"
 def one_round(machine: Machine) -> Iterator[tuple[str, str, Sample]]:
     """Three backups by us, three by the peer."""
     machine.forget_checkpoints()
+    machine.renew_repository()
     yield from _told(FULL, machine.backup("--full"))
     changed = machine.change(CHANGED_SHARE)
     yield from _told(CHANGED, machine.backup(), changed)
@@ -45,7 +46,7 @@ def _told(work: str, backup: Backup, changed: int = 0) -> Iterator[tuple[str, st
     yield work, OURS, Sample(backup.seconds, backup.peak_rss, sum(read.values()), backup.stored, figures)
     seconds = backup.seconds - backup.step("passthrough-copy") - backup.step("pre-copy")
     stored = sum(volume["bytes_stored"] for volume in virtual)
-    yield work, DISKS, Sample(seconds, backup.peak_rss, read["v"], stored)
+    yield work, DISKS, Sample(seconds, backup.peak_rss, read["v"], stored, backup.steps())
 
 
 def _virtnbdbackup(machine: Machine) -> Iterator[tuple[str, str, Sample]]:

@@ -43,6 +43,10 @@ class Backup:
         """Seconds of a step, 0 if there was none."""
         return sum(step["seconds"] for step in self.result["timeline"] if step["step"] == name)
 
+    def steps(self) -> dict[str, float]:
+        """Seconds of each step."""
+        return {step["step"]: round(step["seconds"], 2) for step in self.result["timeline"]}
+
     def volumes(self, kind: str) -> list[dict[str, Any]]:
         return [volume for volume in self.shown["volumes"] if volume["kind"] == kind]
 
@@ -119,6 +123,13 @@ class Machine:
     def untrack(self) -> None:
         """Unpin the guest's trackers, which ends them."""
         self.guest.exec(f"rm -rf {MAPS}")
+
+    def renew_repository(self) -> None:
+        """An empty one in its place, so that a full backup has everything to store."""
+        self.service.stop()
+        shutil.rmtree(self.service.repository)
+        self.service.start()
+        self.service.ctl("repository", "init")
 
     def forget_checkpoints(self) -> None:
         """Delete all checkpoints, whoever made them: one tool refuses a guest that has another's."""

@@ -145,16 +145,48 @@ def test_late_answer_to_an_earlier_hello_is_not_taken(tmp_path: Path, monkeypatc
 
     async def slow(reader: Reader, writer: Writer) -> None:
         first, second = await reader.readline(), await reader.readline()
-        writer.write(first.rstrip() + b" 1\nNBDMAGICstale" + second.rstrip() + b" 1\nNBDMAGIC")
+        writer.write(first.rstrip() + b" 1\nNBDMAGICstale" + second.rstrip() + b" 1\nNBDMAGICIHAVEOPT!")
         await reader.read()
 
     async def work(path: str) -> None:
         sock = await open_data_channel(path, timeout=5)
         with sock:
             sock.settimeout(5)
-            assert await asyncio.to_thread(sock.recv, 100) == b"NBDMAGIC"
+            assert await asyncio.to_thread(sock.recv, 100) == b"NBDMAGICIHAVEOPT!"
 
     against(tmp_path / "socket", slow, work)
+
+
+def test_a_helper_that_answers_and_then_gives_the_session_up_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its port may have told it that nobody is there any more, of the connection before."""
+    monkeypatch.setattr(hello, "RETRY", 0.2)
+
+    async def absent(reader: Reader, writer: Writer) -> None:
+        writer.write((await reader.readline()).rstrip() + b" 1\nNBDM")
+        writer.write((await reader.readline()).rstrip() + b" 1\nNBDMAGICIHAVEOPT!")
+        await reader.read()
+
+    async def work(path: str) -> None:
+        sock = await open_data_channel(path, timeout=5)
+        with sock:
+            sock.settimeout(5)
+            assert await asyncio.to_thread(sock.recv, 100) == b"NBDMAGICIHAVEOPT!"
+
+    against(tmp_path / "socket", absent, work)
+
+
+def test_a_data_port_that_speaks_something_else_is_refused(tmp_path: Path) -> None:
+    async def other(reader: Reader, writer: Writer) -> None:
+        writer.write((await reader.readline()).rstrip() + b" 1\n{}")
+        await reader.read()
+
+    async def work(path: str) -> None:
+        with pytest.raises(GuestProtocolError, match="NBDMAGIC"):
+            await open_data_channel(path, timeout=5)
+
+    against(tmp_path / "socket", other, work)
 
 
 def answers(*lines: bytes | Callable[[dict[str, object]], object]) -> Behaviour:
