@@ -4,8 +4,9 @@ when a path fails while it is copied."""
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.integration import oracle
 from tests.integration.service import Pause, Service
 from tests.lab import Lab, volumes
 from tests.lab.guest import Guest
+from tests.lab.iscsi import Lun
 from tests.lab.services import until
 from tests.lab.workload import Workload
 from vmbackupd.units import MiB
@@ -86,35 +88,46 @@ def joined(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Joine
     struct.pack_into("<IxxB3sB3sII", table, 440, 0x11223344, 0, b"", 0x83, b"", 2048, SIZE // 512 - 2048)
     table[510:] = b"\x55\xaa"
     (directory / "table").write_bytes(table)
-    guest = lab.start_guest("big", "multi")
+    sources = {"lvm": None, "part": directory / "table", "bare": None}
     luns = {
-        name: lab.iscsi.create_lun(
-            f"multi-{name}", size=SIZE, source=directory / "table" if name == "part" else None, target="multi-paths")
-        for name in ("lvm", "part", "bare")
+        name: lab.iscsi.create_lun(f"multi-{name}", size=SIZE, source=source, target="multi-paths")
+        for name, source in sources.items()
     }
-    first = next(iter(luns.values()))
-    second = lab.iscsi.second_path(first)
-    guest.write_file("/etc/multipath.conf", b"defaults {\n find_multipaths yes\n user_friendly_names no\n}\n")
+    guest = lab.start_guest("big", "multi")
+    try:
+        paths = connect(guest, luns, lab.iscsi.second_path(luns["lvm"]))
+        guest.exec(LAYOUT.format_map(join(guest, dict(zip(luns, paths, strict=False)))), timeout=120)
+        with Service(lab, directory / "service") as service:
+            service.ctl("repository", "init")
+            ids = {name: f"iscsi:{lun.iqn}/{lun.lun}" for name, lun in luns.items()}
+            yield Joined(guest, service, ids, paths, directory)
+    finally:
+        guest.destroy()
+        lab.iscsi.delete_target(luns["lvm"].iqn)
+
+
+def connect(guest: Guest, luns: Mapping[str, Lun], second: Lun) -> list[str]:
+    """Log in to the LUNs' target over its two portals; the paths (``sdX``), those over the second one last."""
+    first = luns["lvm"]
     guest.login(first)
     guest.login(second)
-    guest.exec("modprobe -a dm_multipath dm_service_time; systemctl start multipathd")
     by_path = "/dev/disk/by-path/ip-{}-iscsi-{}-lun-{}"
     nodes = [by_path.format(side.portal_guest, lun.iqn, lun.lun) for side in (first, second) for lun in luns.values()]
-    wait = " && ".join(f"[ -e {node} ]" for node in nodes)
-    guest.exec(f"until {wait}; do sleep 0.1; done; udevadm settle")
-    paths = [guest.exec(f"basename $(readlink -f {node})").decode().strip() for node in nodes]
-    maps = {}
-    for name, path in zip(luns, paths, strict=False):
+    guest.exec(f"until {' && '.join(f'[ -e {node} ]' for node in nodes)}; do sleep 0.1; done; udevadm settle")
+    return [guest.exec(f"basename $(readlink -f {node})").decode().strip() for node in nodes]
+
+
+def join(guest: Guest, paths: Mapping[str, str]) -> dict[str, str]:
+    """Have multipathd join every two paths; the maps' names by those of the LUNs."""
+    guest.write_file("/etc/multipath.conf", b"defaults {\n find_multipaths yes\n user_friendly_names no\n}\n")
+    guest.exec("modprobe -a dm_multipath dm_service_time; systemctl unmask multipathd.service multipathd.socket")
+    guest.exec("systemctl start multipathd")
+    found = {}
+    for name, path in paths.items():
         shown = f"lsblk -nro NAME,TYPE /dev/{path} | grep -w mpath || true"
-        until(lambda shown=shown: guest.exec(shown), 60, f"multipathd joins the paths of {name}", 0.2)
-        maps[name] = guest.exec(shown).decode().split()[0]
-    guest.exec(LAYOUT.format_map(maps), timeout=120)
-    with Service(lab, directory / "service") as service:
-        service.ctl("repository", "init")
-        ids = {name: f"iscsi:{lun.iqn}/{lun.lun}" for name, lun in luns.items()}
-        yield Joined(guest, service, ids, paths, directory)
-    guest.destroy()
-    lab.iscsi.delete_target(first.iqn)
+        until(partial(guest.exec, shown), 60, f"multipathd joins the paths of {name}", 0.2)
+        found[name] = guest.exec(shown).decode().split()[0]
+    return found
 
 
 def test_joined_paths_are_one_disk(joined: Joined) -> None:

@@ -245,8 +245,9 @@ def test_backups_under_a_writer(lab: Lab, plain_guest: Guest, tmp_path: Path) ->
                 shutil.copyfile(disks[name].lun.path, copy)
         assert await helper.disarm() is False
         await asyncio.to_thread(workload.wait, workload.round() + 5)
-        for disk in disks.values():
-            await helper.collect(disk.devno)
+        for name, disk in disks.items():
+            collected = await helper.collect(disk.devno)
+            assert not collected.reason, f"{name}: {collected}"
         bitmaps = Bitmaps(rig, disks)
         await bitmaps.serve()
         changed = {name: await bitmaps.read(name, CHANGED) for name in disks}

@@ -181,7 +181,10 @@ class Control:
         if self._guard is not None:
             raise HelperError("WrongState", "armed already")
         memory.interruptible()
-        volumes: List[int] = self._snapshot.numbers() if self._snapshot is not None else []
+        volumes: List[int] = []
+        if self._snapshot is not None:
+            self._snapshot.require_prepared()
+            volumes = self._snapshot.numbers()
         self._guard = Watchdog(seconds, self._dm, volumes, True, self._port.close)
         return {}
 

@@ -109,13 +109,20 @@ class Snapshot:
         except (HelperError, OSError):
             pass
 
+    def require_prepared(self) -> None:
+        """Nobody has touched the volumes since ``prepare``. Looks closely, so it is for right before the freeze."""
+        for volume in self.volumes:
+            if not self._table_ok(volume):
+                raise HelperError("TableChanged", "another program changed the table of %s" % volume.name)
+
     def snap(self, guard: Optional[Watchdog], flip: Callable[[], None]) -> Dict[str, float]:
         """T1. Between the first suspend and the last resume nothing happens but ioctls and, while all stand still,
-        ``flip``, which must not touch a file."""
+        ``flip``, which must not touch a file. The guest is frozen: ``status`` tells afterwards whether it took hold.
+        """
         if not self.volumes or self.taken:
             raise HelperError("WrongState", "the snapshot was not prepared, or is taken already")
         watchdog.require(guard)
-        self._require_prepared()
+        self._require_waiting()
         call, command = self._dm.call, SUSPEND
         suspends = [suspend_request(volume.number) for volume in self.volumes]
         resumes = [resume_request(volume.number) for volume in reversed(self.volumes)]
@@ -146,7 +153,6 @@ class Snapshot:
         if failure is not None:
             raise HelperError("SuspendFailed", "a volume could not be suspended or resumed: %s" % failure.strerror)
         self.taken = True
-        self._require_live()
         return {"t1": t1, "suspend_ms": (middle - begin) * 1000, "resume_ms": (end - middle) * 1000}
 
     def status(self) -> List[Dict[str, Any]]:
@@ -205,16 +211,12 @@ class Snapshot:
         )
         return Volume(volume, real.number, cow.number, snap, origin)
 
-    def _require_prepared(self) -> None:
-        """Nobody has touched the volumes since ``prepare``."""
+    def _require_waiting(self) -> None:
+        """No other program is in the middle of changing a table: a resume of ours would complete it."""
         for volume in self.volumes:
-            if not self._table_ok(volume):
+            info = self._dm.info(volume.number)
+            if info.suspended or not info.inactive:
                 raise HelperError("TableChanged", "another program changed the table of %s" % volume.name)
-
-    def _require_live(self) -> None:
-        for volume, state in zip(self.volumes, self.status()):
-            if not state["table_ok"] or not state["valid"]:
-                raise HelperError("SnapshotFailed", "the snapshot of %s did not take hold" % volume.name)
 
     def _volume_status(self, volume: Volume) -> Dict[str, Any]:
         valid, fill = _fill(self._dm, volume.snap)

@@ -127,14 +127,15 @@ class Collector:
         dead = sorted(pack for pack, (live, _, _, _) in usage.items() if not live)
         used = {pack: (live, size) for pack, (count, _, live, size) in usage.items() if count}
         wasted = sum(size - live for live, size in used.values())
-        room = self._slack * sum(size for _, size in used.values())
+        stored = sum(size for _, size in used.values())
         sparse = []
         for pack, (live, size) in sorted(used.items(), key=lambda item: (item[1][0] / item[1][1], item[0])):
             share = 1 - live / size
-            if share <= self._threshold and (wasted <= room or not share):
+            if share <= self._threshold and (wasted <= self._slack * stored or not share):
                 break
             sparse.append(pack)
             wasted -= size - live
+            stored -= size - live
         return dead, sparse, sorted(used.keys() - set(sparse))
 
     def _foretell(self, view: View, dead: Sequence[bytes], sparse: Sequence[bytes]) -> None:

@@ -85,6 +85,17 @@ def test_what_is_forgotten_is_gone_and_its_space_is_freed(repository: Repository
     assert objects(path) == {}
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_a_collection_leaves_nothing_to_the_next(repository: Repository, seed: int) -> None:
+    dice = random.Random(seed)
+    store(repository, "all", noise(seed, 120))
+    kept = [noise(seed, 120)[at * CHUNK :][:CHUNK] for at in range(120) if dice.random() < 0.75]
+    store(repository, "most", b"".join(kept))
+    repository.forget(["all"])
+    repository.gc()
+    assert repository.gc().condemned_packs == 0
+
+
 def test_live_parts_of_mostly_unused_packs_are_copied(repository: Repository, path: Path) -> None:
     """Every fourth chunk is needed: no pack is dead, all are repacked."""
     image = noise(3, 400)

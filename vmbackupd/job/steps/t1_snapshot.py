@@ -9,6 +9,7 @@ guest thaws it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from vmbackupd.job.snapshots import require_valid
 from vmbackupd.model import T2, Method
 
 T = TypeVar("T")
+log = logging.getLogger("job.t1")
 
 DEADMAN_MARGIN = 1.0  # seconds past the budget: a thaw of ours that comes in time is not overtaken by the guest's own
 CAPTURE_SHARE = 0.8  # of what is left of the budget may go into the capture, so that the thaw comes in time
@@ -35,6 +37,7 @@ class _Freeze:
 
     budget: float
     began: float = field(default_factory=time.monotonic)
+    frozen: bool = False
     stragglers: list[asyncio.Future[object]] = field(default_factory=list)
 
     @property
@@ -111,6 +114,8 @@ async def _frozen_section(ctx: BackupContext, paths: dict[str, str], served: dic
     except BaseException as error:
         failure = error
     try:
+        if freeze.frozen:
+            await _thaw(ctx)
         await ctx.undo_now("thaw")
     except (BackupError, OSError, TimeoutError) as error:
         if failure is None:
@@ -138,6 +143,7 @@ async def _snapshot_frozen(
     ``TimeoutError`` past the budget."""
     assert ctx.coverage is not None
     frozen = await freeze.within(ctx.agent("guest-fsfreeze-freeze"))
+    freeze.frozen = True
     ctx.frozen_filesystems = frozen if isinstance(frozen, int) else 0
     await freeze.within(reach("t1-snapshot:frozen"))
     if ctx.coverage.volumes:
@@ -151,6 +157,14 @@ async def _snapshot_frozen(
         await freeze.within(ctx.hypervisor.snapshot(ctx.domain.uuid, paths))
     if served:
         await freeze.within(fleecing.begin(ctx, served))
+
+
+async def _thaw(ctx: BackupContext) -> None:
+    """Thaw at once. Whether it was of use is asked by the undo that follows, which tries again."""
+    try:
+        await ctx.agent("guest-fsfreeze-thaw")
+    except (BackupError, OSError, TimeoutError) as error:
+        log.warning("VM %s: the first thaw failed: %s", ctx.vm, error)
 
 
 async def _capture(ctx: BackupContext, freeze: _Freeze) -> None:
