@@ -109,6 +109,8 @@ class Channel:
             if end >= 0:
                 line = bytes(self._buffer[:end])
                 del self._buffer[: end + 1]
+                if line.endswith(hello.BEGUN):
+                    raise ConnectionResetError("it ended, and another was started")
                 return line
             searched = len(self._buffer)
             if searched > MAX_LINE:

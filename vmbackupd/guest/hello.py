@@ -17,6 +17,9 @@ from vmbackupd.errors import GuestHelperUnavailable, GuestProtocolError
 PROTOCOL = 1
 """Version of the control protocol; the helper must answer with the same."""
 
+BEGUN = b"VMBK1 begun"
+"""What a helper says, unasked, when it starts: another, which may have been killed in the middle of a line, is gone."""
+
 RETRY = 2.0  # seconds until a hello is repeated
 MAX_DISCARDED = 256 * 2**20  # bytes of an old session that are skipped; QEMU's queues hold far less
 _MAX_VERSION = 12  # characters

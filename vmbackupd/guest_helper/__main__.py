@@ -69,6 +69,7 @@ def _serve(options: argparse.Namespace) -> bool:
         if error.errno == errno.EBUSY:
             return True  # an installed helper, started by udev, serves this port already
         raise
+    port.announce()
     return control.Control(port, options.lease, options.allow_files).run()
 
 

@@ -12,6 +12,7 @@ been away for ``GRACE``.
 A listening socket works like a port: one connection at a time, the next accepted when it has ended.
 """
 
+import contextlib
 import errno
 import os
 import re
@@ -32,6 +33,7 @@ WRITE_SIZE = 32768  # the kernel takes no more at once
 _HELLO = re.compile(rb"VMBK1 ([0-9a-f]{32})\n")
 _HELLO_LENGTH = 39
 HELLO_BEGIN = b"VMBK"
+_BEGUN = b"VMBK1 begun\n"
 
 
 class PortClosed(Exception):
@@ -140,6 +142,11 @@ class Port:
         nonce, end = every[-1].group(1), every[-1].end()
         del self.buffer[:end]
         return bytes(nonce)
+
+    def announce(self) -> None:
+        """Tell a host that is in a session with a helper that was here before: that one is no more."""
+        with contextlib.suppress(PortClosed):
+            self.write(_BEGUN, time.monotonic())
 
     def answer_hello(self, nonce: bytes) -> None:
         """Send a host's nonce back: the session begins."""

@@ -248,6 +248,17 @@ def test_malformed_answers(tmp_path: Path, line: bytes) -> None:
     against(tmp_path / "socket", answers(line), work)
 
 
+@pytest.mark.parametrize("line", [b"VMBK1 begun\n", b'{"id":2,"resuVMBK1 begun\n'])
+def test_that_another_helper_was_started_is_heard_at_once(tmp_path: Path, line: bytes) -> None:
+    async def work(path: str) -> None:
+        helper = await GuestHelper.reconnect(path, vm="vm", job="j01234567")
+        with pytest.raises(GuestHelperUnavailable, match="another was started"):
+            await helper.status()
+        await helper.close()
+
+    against(tmp_path / "socket", answers(line), work)
+
+
 VOLUME = {
     "device": "253:0",
     "name": "v",

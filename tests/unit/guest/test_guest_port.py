@@ -4,6 +4,7 @@ other end open."""
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.guest.support import listen
+from vmbackupd.guest import hello
 from vmbackupd.guest_helper import port as module
 from vmbackupd.guest_helper.port import GRACE, Port, PortClosed
 
@@ -59,3 +62,19 @@ def test_a_host_that_stays_away_has_gone(port: Port) -> None:
     with pytest.raises(PortClosed):
         port.take(1)
     assert time.monotonic() - began >= GRACE
+
+
+def test_a_helper_says_that_it_has_begun() -> None:
+    ours, theirs = socket.socketpair()
+    with ours:
+        port = Port(theirs.detach())
+        port.announce()
+        assert ours.recv(100) == hello.BEGUN + b"\n"
+        port.close()
+
+
+def test_a_helper_begins_where_nobody_hears_it(tmp_path: Path) -> None:
+    with listen(tmp_path / "port") as sock:
+        port = Port(os.dup(sock.fileno()))
+        port.announce()
+        port.close()
