@@ -18,13 +18,12 @@ _NUMBERS = {  # bpf, membarrier
     "ppc64le": (361, 365),
 }
 _MAP_CREATE, _PROG_LOAD, _PIN, _GET = 0, 5, 6, 7
-_PROG_BY_ID, _INFO, _RAW_TRACEPOINT_OPEN = 13, 15, 17
+_INFO, _RAW_TRACEPOINT_OPEN = 15, 17
 _ARRAY, _RAW_TRACEPOINT = 2, 17
 _MMAPABLE = 1 << 10
 _LICENCE = b"Dual BSD/GPL"  # bpf_probe_read_kernel is given to programs under the GPL only
 _LOG = 1 << 20
 _NAME = 16
-_MISSES = 208  # offset of recursion_misses in struct bpf_prog_info (Linux 5.12)
 _MEMBARRIER_GLOBAL = 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -92,17 +91,6 @@ def get(path: str) -> int:
 def map_info(descriptor: int) -> MapInfo:
     """What kind of map this is. Raises ``OSError``."""
     return MapInfo(*struct.unpack_from("=6I", _info(descriptor, 80)))
-
-
-def link_misses(descriptor: int) -> int:
-    """How often a link's program was not run, because it was running on the same CPU already. Kernels before 5.12 do
-    not tell, and always run it."""
-    program = struct.unpack_from("=3I", _info(descriptor, 64))[2]
-    opened = _bpf(_PROG_BY_ID, struct.pack("=III", program, 0, 0))
-    try:
-        return int(struct.unpack_from("=Q", _info(opened, 256), _MISSES)[0])
-    finally:
-        os.close(opened)
 
 
 def wait_for_programs() -> None:

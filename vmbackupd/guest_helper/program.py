@@ -2,7 +2,7 @@
 
 Raw tracepoints are used, not the formatted ones: those are skipped, uncounted before Linux 6.7, while any other program
 is traced on the same CPU, and show a partition's number and one range where a request may have many. A raw one is only
-ever skipped when it interrupts itself, and the kernel counts that.
+ever skipped when it interrupts itself.
 """
 
 import struct

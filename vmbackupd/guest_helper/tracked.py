@@ -13,7 +13,12 @@ from .failures import HelperError
 from .marks import Layout, Marks, layout
 from .program import BIOS, PAGE, REQUESTS, Disk, Fields, program
 
-VERSION = 1
+VERSION = 2
+COPIES = 3
+"""Of each program. The kernel leaves one out on a CPU where it is running already: a request that is made or completed
+by an interrupt in its midst would not be seen. A task is interrupted by a softirq, that by an interrupt, and each of
+these is in one program at most: of three that do the same, one is free."""
+
 _MARKS = "marks"
 _DISTRUST = (
     ("version", "the tracker is another version's"),
@@ -54,10 +59,6 @@ class Tracked:
 
     def move(self, side: int) -> None:
         """Collect a side that no program marks now."""
-        misses = [bpf.link_misses(link) for link in self._links]
-        if misses != self._record["misses"]:
-            self.marks.everything("the kernel did not run the tracker for every request")
-            self._keep(misses=misses)
         size = devices.size_of(self.facts.device)
         if size != self.facts.size:
             self.marks.everything("the disk now has %d bytes, not %d" % (size, self.facts.size))
@@ -121,7 +122,7 @@ def start(path: str, facts: Facts, switch: int, record: Dict[str, Any]) -> Track
         links = opened[1:]
         record = dict(record, **_identity(facts, switch), generation=None, forget=False)
         tracked = Tracked(path, facts, marks, links, record)
-        tracked._keep(misses=[bpf.link_misses(link) for link in links])
+        tracked._keep()
     except BaseException:
         remove(path)
         _close(opened[1:])
@@ -140,7 +141,7 @@ def adopt(path: str, facts: Facts, switch: int, record: Dict[str, Any]) -> Track
             raise HelperError("NoTracking", "the disk was resized, or the tracker is another version's")
         marks = Marks(opened[0], where)
         kept = _trusted(marks.record(), dict(record, **_identity(facts, switch)))
-        opened += [bpf.get(os.path.join(path, event)) for event in facts.events]
+        opened += [bpf.get(os.path.join(path, name)) for _, name in _programs(facts)]
         tracked = Tracked(path, facts, marks, opened[1:], kept)
         tracked.finish_settling()
     except BaseException as error:
@@ -178,7 +179,7 @@ def _identity(facts: Facts, switch: int) -> Dict[str, Any]:
 
 def _trusted(kept: Optional[Dict[str, Any]], wanted: Dict[str, Any]) -> Dict[str, Any]:
     """The record that was kept, if it is of the same disk and for the same consumer."""
-    if kept is None or not {"generation", "forget", "misses"} <= set(kept):
+    if kept is None or not {"generation", "forget"} <= set(kept):
         raise HelperError("NoTracking", "the tracker's record is damaged")
     for key, what in _DISTRUST:
         if kept.get(key) != wanted[key]:
@@ -191,16 +192,20 @@ def _attach(path: str, facts: Facts, where: Layout, opened: List[int], switch: i
     major, minor = (int(part) for part in facts.device.split(":"))
     disk = Disk(major, minor, where.chunks, opened[0], switch, where.fine, where.coarse, where.stride, facts.scattered)
     fields = Fields(Types())
-    for event in facts.events:
+    for event, name in _programs(facts):
         with _feature("programs on raw tracepoints (Linux 5.5)"):
             code = bpf.load("vmbk_" + event[6:], program(event, disk, fields))
         try:
             with _feature("pinned links (Linux 5.8)"):
                 opened.append(bpf.attach(code, event))
-                bpf.pin(opened[-1], os.path.join(path, event))
-                bpf.link_misses(opened[-1])
+                bpf.pin(opened[-1], os.path.join(path, name))
         finally:
             os.close(code)
+
+
+def _programs(facts: Facts) -> Iterator[Tuple[str, str]]:
+    """The event and the pin's name of each."""
+    return ((event, "%s-%d" % (event, copy)) for event in facts.events for copy in range(COPIES))
 
 
 @contextlib.contextmanager
