@@ -8,7 +8,6 @@ began with that very backup makes it a base.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vmbackupd.errors import InvalidArgument, NotFound, RepositoryCorrupt
@@ -48,7 +47,7 @@ class Bases:
         """Raises ``StorageError``."""
         self._repository = repository
         self._writer = writer
-        self._manifests = list(_newest(repository, vm_uuid))
+        self._manifests = _newest(repository, vm_uuid)
 
     def latest(self, volume: str, size: int) -> Base | None:
         """The newest image of this size of a volume, whatever changed since. Raises ``StorageError``."""
@@ -88,11 +87,7 @@ def _record(manifest: Manifest, volume: str) -> VolumeRecord | None:
     return next((record for record in manifest.volumes if record.id == volume), None)
 
 
-def _newest(repository: Repository, vm_uuid: str) -> Iterator[Manifest]:
+def _newest(repository: Repository, vm_uuid: str) -> list[Manifest]:
     """The VM's newest backups that can be read, newest first."""
-    backups = [item for item in repository.backups() if item.vm_uuid == vm_uuid and item.error is None]
-    for summary in reversed(backups[-LOOKED_AT:]):
-        try:
-            yield repository.manifest(summary.id)
-        except (NotFound, RepositoryCorrupt) as error:
-            log.info("backup %s is no base: %s", summary.id, error)
+    found = [item for item in repository.manifests() if isinstance(item, Manifest) and item.vm.uuid == vm_uuid]
+    return sorted(found, key=lambda manifest: (manifest.t1, manifest.id), reverse=True)[:LOOKED_AT]

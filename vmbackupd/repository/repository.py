@@ -159,16 +159,19 @@ class Repository:
 
     def backups(self) -> list[BackupSummary]:
         """All backups, oldest first. One whose manifest is damaged is listed with the reason, it hides no other."""
-        found = []
+        found = [BackupSummary.of(item) if isinstance(item, Manifest) else item for item in self.manifests()]
+        return sorted(found, key=lambda summary: (summary.t1, summary.id))
+
+    def manifests(self) -> Iterator[Manifest | BackupSummary]:
+        """The manifest of every backup, in no order; in place of one that is damaged a summary with the reason."""
         forgotten = manifests_in(self.verdicts.listed(lenient=True))
         for name in self.manifest_names() - forgotten:
             try:
-                found.append(BackupSummary.of(self.read_manifest(name)))
+                yield self.read_manifest(name)
             except FileNotFoundError:
                 continue  # deleted since the listing
             except (RepositoryCorrupt, InvalidArgument) as reason:
-                found.append(BackupSummary(name, error=str(reason)))
-        return sorted(found, key=lambda summary: (summary.t1, summary.id))
+                yield BackupSummary(name, error=str(reason))
 
     def manifest_object(self, backup_id: str) -> str:
         """The object that holds a backup's manifest."""
