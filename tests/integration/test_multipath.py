@@ -24,6 +24,19 @@ from vmbackupd.units import MiB
 pytestmark = [pytest.mark.lab, pytest.mark.extended]
 
 SIZE = 48 * MiB
+CONFIGURATION = """defaults {
+    find_multipaths yes
+    user_friendly_names no
+}
+devices {
+    device {
+        vendor VMBKLAB
+        product lun
+        uid_attribute ID_SCSI_SERIAL
+    }
+}
+"""
+"""The lab's target gives LUNs of two targets the same NAA."""
 LAYOUT = """set -e
 vgcreate -q -q vgmulti /dev/mapper/{lvm} && lvcreate -q -q -y -Wn -l 80%FREE -n multi vgmulti
 mkfs.ext4 -q /dev/vgmulti/multi && mkdir -p /mnt/multi && mount /dev/vgmulti/multi /mnt/multi
@@ -119,7 +132,7 @@ def connect(guest: Guest, luns: Mapping[str, Lun], second: Lun) -> list[str]:
 
 def join(guest: Guest, paths: Mapping[str, str]) -> dict[str, str]:
     """Have multipathd join every two paths; the maps' names by those of the LUNs."""
-    guest.write_file("/etc/multipath.conf", b"defaults {\n find_multipaths yes\n user_friendly_names no\n}\n")
+    guest.write_file("/etc/multipath.conf", CONFIGURATION.encode())
     guest.exec("modprobe -a dm_multipath dm_service_time; systemctl unmask multipathd.service multipathd.socket")
     guest.exec("systemctl start multipathd")
     found = {}
