@@ -71,7 +71,7 @@ def test_changes_below_a_pool(lab: Lab, guest: Guest, tmp_path: Path) -> None:
     for turn in range(3):
         run_in_lab(lab, guest, tmp_path, work)
         assert "vmbk" not in guest.exec("lvs -a --noheadings; dmsetup ls").decode()
-        change(guest, turn)
+        change(guest, turn, "older" if turn == 0 else f"new{turn - 1}")
     guest.exec(STOP)
     with open(guest.luns["pool"].path, "r+b") as file:
         file.write((tmp_path / "t1-1").read_bytes())
@@ -91,10 +91,10 @@ def test_increments_by_pools(lab: Lab, guest: Guest, tmp_path: Path) -> None:
         service.ctl("repository", "init")
         records = []
         for turn in range(2):
+            if turn:
+                change(guest, 10, "new0")
             shown = service.ctl("show", service.ctl("backup", guest.name)["backup"])
             records.append(next(volume for volume in shown["volumes"] if volume["id"] == ident)["change"])
-            change(guest, 10 + turn)
-    print(records)
     assert [record["method"] for record in records] == ["full", "thin-delta"]
     assert records[1]["missed"] == 0 and records[1]["audited"] * CHUNK > 30 * MiB
 
@@ -132,8 +132,8 @@ async def backup(rig: Rig, helper: GuestHelper, since: str, copy: Path) -> ThinS
     return state
 
 
-def change(guest: Guest, turn: int) -> None:
-    """Whatever a guest does to a pool."""
+def change(guest: Guest, turn: int, gone: str) -> None:
+    """Whatever a guest does to a pool; ``gone`` is a volume that it removes."""
     guest.exec(
         f"""
         set -e
@@ -146,14 +146,14 @@ for name in ("a", "b"):
         os.pwrite(fd, os.urandom(random.choice([1, 4096, 65536])), random.randrange(19 << 20))
     os.fsync(fd)
 END
-        head -c 4M /dev/urandom > /mnt/a/other && rm -f /mnt/b/other && sync && fstrim /mnt/a /mnt/b || true
+        head -c 4M /dev/urandom > /mnt/a/other && rm -f /mnt/b/other && sync && fstrim /mnt/a && fstrim /mnt/b
         lvchange -q -q -ay -K vgthin/idle && mount /dev/vgthin/idle /mnt/idle
         dd if=/dev/urandom of=/mnt/idle/file bs=64k count=9 seek={20 * turn} conv=notrunc,fsync 2> /dev/null
         umount /mnt/idle && lvchange -q -q -an vgthin/idle
         lvcreate -q -q -s -n snap{turn} vgthin/a
         lvcreate -q -q -y -V 20m -n new{turn} --thinpool vgthin/pool
         dd if=/dev/urandom of=/dev/vgthin/new{turn} bs=1M count=3 oflag=direct 2> /dev/null
-        lvremove -q -q -y vgthin/{"older" if turn == 0 else f"new{turn - 1}"}
+        lvremove -q -q -y vgthin/{gone}
         """,
         timeout=120,
     )
