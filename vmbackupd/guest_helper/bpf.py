@@ -17,9 +17,9 @@ _NUMBERS = {  # bpf, membarrier
     "riscv64": (280, 283),
     "ppc64le": (361, 365),
 }
-_MAP_CREATE, _PROG_LOAD, _PIN, _GET = 0, 5, 6, 7
+_MAP_CREATE, _UPDATE, _PROG_LOAD, _PIN, _GET = 0, 2, 5, 6, 7
 _INFO, _RAW_TRACEPOINT_OPEN = 15, 17
-_ARRAY, _RAW_TRACEPOINT = 2, 17
+_ARRAY, _PROGRAMS, _RAW_TRACEPOINT = 2, 3, 17
 _MMAPABLE = 1 << 10
 _LICENCE = b"Dual BSD/GPL"  # bpf_probe_read_kernel is given to programs under the GPL only
 _LOG = 1 << 20
@@ -48,6 +48,20 @@ def create_array(name: str, value_size: int, entries: int) -> int:
     """The descriptor of a new array map that can be mapped into memory. Raises ``OSError``."""
     attributes = struct.pack("=5I8x16s", _ARRAY, 4, value_size, entries, _MMAPABLE, name.encode()[: _NAME - 1])
     return _bpf(_MAP_CREATE, attributes)
+
+
+def create_jump(name: str, program: int) -> int:
+    """The descriptor of a map through which other programs go on with ``program``. Raises ``OSError``.
+
+    The kernel empties it with its last descriptor and pin."""
+    jump = _bpf(_MAP_CREATE, struct.pack("=5I8x16s", _PROGRAMS, 4, 4, 1, 0, name.encode()[: _NAME - 1]))
+    key, value = ctypes.c_uint32(0), ctypes.c_uint32(program)
+    try:
+        _bpf(_UPDATE, struct.pack("=I4xQQQ", jump, ctypes.addressof(key), ctypes.addressof(value), 0))
+    except BaseException:
+        os.close(jump)
+        raise
+    return jump
 
 
 def map_memory(descriptor: int, length: int) -> mmap.mmap:

@@ -29,7 +29,7 @@ BIOS = ("block_bio_queue", "block_bio_complete")
 _READ, _FLUSH, _DISCARD = 0, 2, 3
 _IN, _OUT = (34, 32), (35, 33)  # commands of drivers: DRV_IN, DRV_OUT, and SCSI's own before Linux 5.14
 _ROUNDS = 768  # a request has less than 4 GiB: 512 groups and two ends
-_LOOKUP, _PROBE_READ = 1, 113
+_LOOKUP, _TAIL_CALL, _PROBE_READ = 1, 12, 113
 _R0, _R1, _R2, _R3, _R6, _R7, _R8, _R9, _FP = 0, 1, 2, 3, 6, 7, 8, 9, 10
 _KEY, _OP, _WORD, _AT, _NEXT, _SIDE = -8, -16, -24, -32, -40, -48  # on the stack
 _BYTES = {1: 0x10, 4: 0x00, 8: 0x18}
@@ -98,6 +98,16 @@ class Fields:
         if offset is None:
             raise HelperError("NoTracking", "the guest's kernel has no %s" % ".".join(path))
         return offset
+
+
+def entry(jump: int) -> bytes:
+    """The instructions of a program that goes on with the one in the map ``jump``."""
+    code = _Code()
+    code.address(_R2, 1, jump)
+    code.sum("=", _R3, 0)
+    code.call(_TAIL_CALL)
+    code.end()
+    return code.assemble()
 
 
 def program(event: str, disk: Disk, fields: Fields) -> bytes:
@@ -306,7 +316,7 @@ class _Code:
         self.address(_R1, 1, descriptor)
         self.copy(_R2, _FP)
         self.sum("+", _R2, _KEY)
-        self._add(0x85, number=_LOOKUP)
+        self.call(_LOOKUP)
         self.jump("==", _R0, 0, missing)
 
     def read(self, pointer: int, offset: int, size: int, failed: str) -> None:
@@ -316,9 +326,12 @@ class _Code:
         self.copy(_R1, _FP)
         self.sum("+", _R1, _WORD)
         self.sum("=", _R2, size)
-        self._add(0x85, number=_PROBE_READ)
+        self.call(_PROBE_READ)
         self.jump("!=", _R0, 0, failed)
         self.load(_R1, _FP, _WORD, size)
+
+    def call(self, function: int) -> None:
+        self._add(0x85, number=function)
 
     def end(self) -> None:
         self.sum("=", _R0, 0)

@@ -2,6 +2,7 @@
 them."""
 
 import contextlib
+import functools
 import os
 import re
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
@@ -11,13 +12,13 @@ from .btf import Types
 from .dm import Dm, number_of
 from .failures import HelperError
 from .marks import Layout, Marks, layout
-from .program import BIOS, PAGE, REQUESTS, Disk, Fields, program
+from .program import BIOS, PAGE, REQUESTS, Disk, Fields, entry, program
 
 VERSION = 2
 COPIES = 3
-"""Of each program. The kernel leaves one out on a CPU where it is running already: a request that is made or completed
-by an interrupt in its midst would not be seen. A task is interrupted by a softirq, that by an interrupt, and each of
-these is in one program at most: of three that do the same, one is free."""
+"""Of the entry to each program. The kernel leaves a program out on a CPU where it is running already: a request that is
+made or completed by an interrupt in its midst would not be seen. A task is interrupted by a softirq, that by an
+interrupt, and each of these is in one at most: of three entries that do the same, one is free."""
 
 _MARKS = "marks"
 _DISTRUST = (
@@ -141,7 +142,9 @@ def adopt(path: str, facts: Facts, switch: int, record: Dict[str, Any]) -> Track
             raise HelperError("NoTracking", "the disk was resized, or the tracker is another version's")
         marks = Marks(opened[0], where)
         kept = _trusted(marks.record(), dict(record, **_identity(facts, switch)))
-        opened += [bpf.get(os.path.join(path, name)) for _, name in _programs(facts)]
+        for event in facts.events:
+            os.close(bpf.get(os.path.join(path, event)))  # without it the links lead nowhere
+            opened += [bpf.get(os.path.join(path, _link(event, copy))) for copy in range(COPIES)]
         tracked = Tracked(path, facts, marks, opened[1:], kept)
         tracked.finish_settling()
     except BaseException as error:
@@ -188,24 +191,49 @@ def _trusted(kept: Optional[Dict[str, Any]], wanted: Dict[str, Any]) -> Dict[str
 
 
 def _attach(path: str, facts: Facts, where: Layout, opened: List[int], switch: int) -> None:
-    """Run the programs; their links are added to what is ``opened``, the map of marks being the first."""
+    """Run the programs; the links are added to what is ``opened``, the map of marks being the first."""
     major, minor = (int(part) for part in facts.device.split(":"))
     disk = Disk(major, minor, where.chunks, opened[0], switch, where.fine, where.coarse, where.stride, facts.scattered)
-    fields = Fields(Types())
-    for event, name in _programs(facts):
+    for event in facts.events:
         with _feature("programs on raw tracepoints (Linux 5.5)"):
-            code = bpf.load("vmbk_" + event[6:], program(event, disk, fields))
+            code = bpf.load("vmbk_" + event[6:], program(event, disk, _fields()))
         try:
-            with _feature("pinned links (Linux 5.8)"):
-                opened.append(bpf.attach(code, event))
-                bpf.pin(opened[-1], os.path.join(path, name))
+            jump = bpf.create_jump("vmbk_jump", code)
         finally:
             os.close(code)
+        try:
+            bpf.pin(jump, os.path.join(path, event))
+            for copy in range(COPIES):
+                opened.append(_enter(jump, event, os.path.join(path, _link(event, copy))))
+        finally:
+            os.close(jump)
 
 
-def _programs(facts: Facts) -> Iterator[Tuple[str, str]]:
-    """The event and the pin's name of each."""
-    return ((event, "%s-%d" % (event, copy)) for event in facts.events for copy in range(COPIES))
+def _enter(jump: int, event: str, path: str) -> int:
+    """A link, pinned at ``path``, of a program of its own that goes on through ``jump``."""
+    code = bpf.load("vmbk_entry", entry(jump))
+    try:
+        with _feature("pinned links (Linux 5.8)"):
+            link = bpf.attach(code, event)
+            try:
+                bpf.pin(link, path)
+            except BaseException:
+                os.close(link)
+                raise
+            return link
+    finally:
+        os.close(code)
+
+
+def _link(event: str, copy: int) -> str:
+    """A link's name."""
+    return "%s-%d" % (event, copy)
+
+
+@functools.lru_cache(maxsize=1)
+def _fields() -> Fields:
+    """Once for all disks: the kernel describes a hundred thousand types."""
+    return Fields(Types())
 
 
 @contextlib.contextmanager

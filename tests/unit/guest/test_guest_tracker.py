@@ -342,6 +342,7 @@ def test_a_disk_not_seen_before(tracking: Tracking, loop: Disk) -> None:
         ("version", "the tracker is another version's"),
         ("record", "the tracker's record is damaged"),
         ("link", "the tracker is damaged: No such file or directory"),
+        ("jump", "the tracker is damaged: No such file or directory"),
         ("marks", "the tracker is damaged: No such file or directory"),
         ("switch", "the tracker's switch was replaced"),
     ],
@@ -371,6 +372,8 @@ def test_what_does_not_match_is_begun_anew(
         disk.marks._memory[80] ^= 1
     elif change == "link":
         (pinned / f"{REQUESTS[1]}-2").unlink()
+    elif change == "jump":
+        (pinned / REQUESTS[0]).unlink()
     elif change == "marks":
         (pinned / "marks").unlink()
     else:
@@ -471,7 +474,7 @@ def test_untrack_leaves_nothing(tracking: Tracking, loop: Disk) -> None:
     tracking.backup(loop, "backup-1")
     tracking.track(loop)
     key = loop.devno.replace(":", "-")
-    programs = [f"{event}-{copy}" for event in REQUESTS for copy in range(3)]
+    programs = [*REQUESTS, *(f"{event}-{copy}" for event in REQUESTS for copy in range(3))]
     expected = ["", f"/{key}", *(f"/{key}/{name}" for name in (*programs, "marks")), "/switch"]
     assert pins(tracking.bpffs) == sorted("vmbackupd" + name for name in expected)
     links = [
