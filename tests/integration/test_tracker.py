@@ -26,10 +26,17 @@ pytestmark = pytest.mark.lab
 ZIPAPP = "/run/tracker-test.pyz"
 TOOL = "/run/tracker-test.py"
 PROGRAM = b"""
-import fcntl, mmap, os, struct, sys
+import ctypes, fcntl, mmap, os, struct, sys
 
 def ioctl(path, code, offset, length):
     fcntl.ioctl(os.open(path, os.O_RDWR), int(code, 16), struct.pack("QQ", int(offset), int(length)))
+
+def partition(path, command, start, length):
+    # BLKPG (linux/blkpg.h) adds (1) and deletes (2) without a table; not every Debian has addpart
+    known = struct.pack("qqi128x4x", int(start), int(length), 1)
+    data = ctypes.create_string_buffer(known, len(known))
+    argument = struct.pack("iiiP", int(command), 0, len(known), ctypes.addressof(data))
+    fcntl.ioctl(os.open(path, os.O_RDONLY), 0x1269, argument)
 
 def memory(path, offset):
     file = open(path, "r+b")
@@ -149,8 +156,9 @@ def raw(path: str) -> dict[str, tuple[str, set[int]]]:
         "flush": (f"sync {path}", set()),
         "read": (f"dd if={path} of=/dev/null bs=1M iflag=direct status=none", set()),
         "partition": (
-            f"addpart {path} 1 2048 8192 && dd if=/dev/urandom of={path}1 bs=64k count=1 seek=3 conv=fsync status=none"
-            f" && delpart {path} 1",
+            f"python3 {TOOL} partition {path} 1 {MiB} {4 * MiB} && udevadm settle && "
+            f"dd if=/dev/urandom of={path}1 bs=64k count=1 seek=3 conv=fsync status=none && "
+            f"python3 {TOOL} partition {path} 2 0 0",
             {19},
         ),
     }
