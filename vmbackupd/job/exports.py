@@ -13,7 +13,8 @@ from vmbackupd.guest.client import open_data_channel
 from vmbackupd.job.context import BackupContext
 from vmbackupd.units import MiB
 
-CONNECT_DEADLINE = 30.0
+CONNECT_DEADLINE = 120.0
+"""Seconds: a guest whose storage stalls (a path that fails over takes half a minute) does nothing else meanwhile."""
 
 
 @asynccontextmanager
@@ -24,7 +25,7 @@ async def export(ctx: BackupContext, name: str, size: int) -> AsyncIterator[NbdC
     """
     channel = await open_data_channel(ctx.data_socket, timeout=CONNECT_DEADLINE)
     with channel:  # the connection has its own duplicate
-        source = await asyncio.to_thread(NbdConnection, fd=channel.fileno(), export=name)
+        source = await asyncio.to_thread(NbdConnection, fd=channel.fileno(), export=name, timeout=CONNECT_DEADLINE)
     try:
         if source.size != size:
             raise GuestProtocolError(f"VM {ctx.vm}: the helper serves {name} with {source.size} bytes, not {size}")
