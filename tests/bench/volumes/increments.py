@@ -38,7 +38,7 @@ def _told(work: str, backup: Backup, changed: int = 0) -> Iterator[tuple[str, st
     virtual, outside = backup.volumes("virtual"), backup.volumes("pass-through")
     read = {kind: sum(volume["bytes_read"] for volume in volumes) for kind, volumes in (("v", virtual), ("p", outside))}
     figures = {
-        "channel": read["p"],
+        "luns_read": read["p"],
         "guest_read": backup.guest_read,
         "changed": changed,
         "full_reads": sum(volume["change"]["method"] == "full" for volume in backup.shown["volumes"]),
