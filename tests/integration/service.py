@@ -15,6 +15,7 @@ from typing import Any
 from tests import outliving
 from tests.lab import Lab
 from tests.lab.services import until
+from tests.lab.workload import Workload
 from vmbackupd.job.faultpoints import VARIABLE
 
 ROOT = Path(__file__).parent.parent.parent
@@ -166,6 +167,16 @@ class Service:
         """The JSON that ``vmbackupctl --json`` prints; fails unless it ends with ``status``."""
         done = self.run(*words, "--json")
         return self._parsed(done.args, done.returncode, done.stdout, done.stderr, status)
+
+    def backup_under(self, workload: Workload, *options: str) -> tuple[str, range]:
+        """A backup of the writer's guest while it writes: its id, and the records that its logs may end with."""
+        workload.start(interval=0.02)
+        try:
+            before = workload.round()
+            backup = self.ctl("backup", workload.guest.name, *options)["backup"]
+            return backup, range(before, workload.round() + 2)
+        finally:
+            workload.stop()
 
     def restore_files(self, backup: str, name: str, to: Path) -> dict[str, Path]:
         """Restore every volume of ``backup`` to new files below ``to``; volume id -> file."""

@@ -12,7 +12,6 @@ import pytest
 from tests.integration import oracle
 from tests.integration.service import Service
 from tests.lab import Lab
-from tests.lab.guest import Guest
 from tests.lab.workload import Workload
 
 pytestmark = pytest.mark.lab
@@ -25,15 +24,6 @@ def service(lab: Lab, tmp_path: Path) -> Iterator[Service]:
         yield running
 
 
-def back_up_under_load(service: Service, guest: Guest) -> str:
-    workload = Workload(guest)
-    workload.start(interval=0.02)
-    try:
-        return str(service.ctl("backup", guest.name)["backup"])
-    finally:
-        workload.stop()
-
-
 def test_raw_vmdk_and_vhd_images_are_captured_and_restored_like_qcow2(
     lab: Lab, service: Service, tmp_path: Path
 ) -> None:
@@ -41,7 +31,7 @@ def test_raw_vmdk_and_vhd_images_are_captured_and_restored_like_qcow2(
     guest = lab.start_guest("plain", "formats", formats=formats)
     try:
         images = {target: path.name for target, path in guest.disks.items()}
-        backup = back_up_under_load(service, guest)
+        backup, _ = service.backup_under(Workload(guest))
         shown = {volume["id"]: volume for volume in service.ctl("show", backup)["volumes"]}
         for target, form in formats.items():
             assert shown[target]["details"]["format"] == form and shown[target]["details"]["t2"] == "external"
@@ -69,7 +59,7 @@ def test_a_disk_that_qemu_reaches_over_the_network_is_served_with_its_group(
     guest = lab.start_guest("plain", "network", formats={"vdb": "iscsi"})
     try:
         assert "uncovered" in str(service.fails("backup", guest.name, "--t2=external"))
-        backup = back_up_under_load(service, guest)
+        backup, _ = service.backup_under(Workload(guest))
         shown = {volume["id"]: volume for volume in service.ctl("show", backup)["volumes"]}
         assert {target: shown[target]["details"]["t2"] for target in ("vda", "vdb", "vdc")} == {
             "vda": "external", "vdb": "fleece", "vdc": "fleece"}

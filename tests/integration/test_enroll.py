@@ -118,19 +118,13 @@ def test_a_backup_snapshots_it_at_one_instant_with_all_others(lab: Lab, plain: P
         service.ctl("repository", "init")
         coverage = {item["id"]: item for item in service.ctl("inspect", guest.name)["coverage"]}
         assert coverage[ident]["method"] == "guest-snapshot"
-        workload.start(interval=0.02)
-        try:
-            before = workload.round()
-            backup = service.ctl("backup", guest.name)["backup"]
-            after = workload.round() + 1
-        finally:
-            workload.stop()
+        backup, window = service.backup_under(workload)
         files = service.restore_files(backup, "enrolled-again", tmp_path / "restored")
     partition = tmp_path / "partition"
     partition.write_bytes(files[ident].read_bytes()[MiB:])
     logs = oracle.judge(files | {"partition": partition}, tmp_path / "raw", {"enrolled": "partition"})
     numbers = [log.last for log in logs.values()]
-    assert before <= min(numbers) <= max(numbers) <= after
+    assert min(numbers) in window and max(numbers) in window
     assert plain.source() == DEVICE and b"vmbk" not in guest.exec("dmsetup ls")
 
 

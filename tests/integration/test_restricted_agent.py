@@ -118,14 +118,7 @@ def test_an_agent_that_is_told_what_it_may_do_is_enough(
 
 def back_up_and_judge(service: Service, guest: Guest, directory: Path) -> None:
     """A backup under a writer, restored, is at one instant within it."""
-    workload = Workload(guest)
-    workload.start(interval=0.02)
-    try:
-        before = workload.round()
-        backup = service.ctl("backup", guest.name)["backup"]
-        after = workload.round() + 1
-    finally:
-        workload.stop()
+    backup, window = service.backup_under(Workload(guest))
     files = service.restore_files(backup, f"{guest.name}-restored", directory / "restored")
     numbers = [log.last for log in oracle.judge(files, directory / "judged").values()]
-    assert before <= min(numbers) <= max(numbers) <= after
+    assert min(numbers) in window and max(numbers) in window

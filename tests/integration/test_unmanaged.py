@@ -33,15 +33,8 @@ def service(lab: Lab, unmanaged_guest: PlainGuest, tmp_path_factory: pytest.Temp
 
 def written(guest: PlainGuest, service: Service, *options: str) -> tuple[dict[str, Any], range]:
     """A backup while the guest's writer writes, and the records that the restored logs may end with."""
-    workload = Workload(guest)
-    workload.start(interval=0.02)
-    try:
-        before = workload.round()
-        backup = service.ctl("backup", guest.name, *options)["backup"]
-        after = workload.round() + 1
-    finally:
-        workload.stop()
-    return service.ctl("show", backup), range(before, after + 1)
+    backup, window = service.backup_under(Workload(guest), *options)
+    return service.ctl("show", backup), window
 
 
 def restored(service: Service, shown: dict[str, Any], to: Path) -> dict[str, Path]:
