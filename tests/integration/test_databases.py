@@ -17,7 +17,7 @@ from tests.lab import Lab, dbload
 from tests.lab.guest import Guest
 from vmbackupd.units import MiB
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.extended]
 
 HOOKS = Path(__file__).parents[2] / "packaging/guest/fsfreeze-hook.d"
 LOAD = "/run/dbload.py"
