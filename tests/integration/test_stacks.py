@@ -16,7 +16,7 @@ from tests.lab import Lab
 from tests.lab.guest import Guest
 from tests.lab.workload import Workload
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.extended]
 DIGEST = "sha256sum < /dev/vgs/raw"
 
 
