@@ -3,7 +3,6 @@ mounted whatever fails, and unenrolled everything is as it was. Each test goes o
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from tests.integration import oracle
 from tests.integration.installed import helper_installed
 from tests.integration.service import Service
-from tests.lab import Lab
+from tests.lab import Lab, volumes
 from tests.lab.guest import CommandFailed, Guest
 from tests.lab.iscsi import Lun
 from tests.lab.services import until
@@ -61,11 +60,8 @@ class Plain:
 def plain(lab: Lab, plain_guest: Guest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plain]:
     """Mounted by a line of fstab, in a guest with the helper installed."""
     image, size, guest = tmp_path_factory.mktemp("enroll") / "lun", 48 * MiB, plain_guest
-    table = bytearray(512)
-    struct.pack_into("<IxxB3sB3sII", table, 440, 0x11223344, 0, b"", 0x83, b"", 2048, size // 512 - 2048)
-    table[510:] = b"\x55\xaa"
     with open(image, "wb") as file:
-        file.write(table)
+        file.write(volumes.partition_table(size))
         file.truncate(size)
     found = Plain(guest, lab.iscsi.create_lun("enrolled", source=image))
     device = guest.login(found.lun)

@@ -3,7 +3,6 @@ when a path fails while it is copied."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -97,10 +96,7 @@ class Joined:
 @pytest.fixture(scope="module")
 def joined(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Joined]:
     directory = tmp_path_factory.mktemp("multipath")
-    table = bytearray(512)
-    struct.pack_into("<IxxB3sB3sII", table, 440, 0x11223344, 0, b"", 0x83, b"", 2048, SIZE // 512 - 2048)
-    table[510:] = b"\x55\xaa"
-    (directory / "table").write_bytes(table)
+    (directory / "table").write_bytes(volumes.partition_table(SIZE))
     sources = {"lvm": None, "part": directory / "table", "bare": None}
     luns = {
         name: lab.iscsi.create_lun(f"multi-{name}", size=SIZE, source=source, target="multi-paths")

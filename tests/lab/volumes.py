@@ -284,3 +284,11 @@ def copy_file(source: Path, target: Path) -> None:
     if shutil.which("cp") is None:
         raise VolumeError("no cp on this machine")
     subprocess.run(["cp", "--sparse=always", "--reflink=auto", str(source), str(target)], check=True)
+
+
+def partition_table(size: int) -> bytes:
+    """The first sector of a disk of ``size`` bytes with one Linux partition from its second MiB to its end (MBR)."""
+    table = bytearray(512)
+    struct.pack_into("<IxxB3sB3sII", table, 440, 0x11223344, 0, b"", 0x83, b"", 2048, size // 512 - 2048)
+    table[510:] = b"\x55\xaa"
+    return bytes(table)

@@ -45,8 +45,7 @@ def one_round(machine: Machine) -> Iterator[tuple[str, str, Sample]]:
     result = machine.service.end(backup)
     copied = began + sum(step["seconds"] for step in result["timeline"] if step["step"] == "passthrough-copy")
     yield from _told(COPYING, [turn for turn in turns if _share(turn, copied) >= ENOUGH])
-    for name in ("reached", "go"):
-        (machine.directory / f"t1-snapshot:end.{name}").unlink()
+    pause.again()
     machine.service.restart()
     if machine.tracked():
         yield from _told(TRACKED, _turns(machine))

@@ -139,6 +139,14 @@ def test_nobody_there(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+async def require_greeting(path: str) -> None:
+    """The data channel's next bytes are those behind the answer that counts."""
+    sock = await open_data_channel(path, timeout=5)
+    with sock:
+        sock.settimeout(5)
+        assert await asyncio.to_thread(sock.recv, 100) == b"NBDMAGICIHAVEOPT!"
+
+
 def test_late_answer_to_an_earlier_hello_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both attempts are answered after the second was sent: what the peer says between them belongs to the first."""
     monkeypatch.setattr(hello, "RETRY", 0.2)
@@ -148,13 +156,7 @@ def test_late_answer_to_an_earlier_hello_is_not_taken(tmp_path: Path, monkeypatc
         writer.write(first.rstrip() + b" 1\nNBDMAGICstale" + second.rstrip() + b" 1\nNBDMAGICIHAVEOPT!")
         await reader.read()
 
-    async def work(path: str) -> None:
-        sock = await open_data_channel(path, timeout=5)
-        with sock:
-            sock.settimeout(5)
-            assert await asyncio.to_thread(sock.recv, 100) == b"NBDMAGICIHAVEOPT!"
-
-    against(tmp_path / "socket", slow, work)
+    against(tmp_path / "socket", slow, require_greeting)
 
 
 def test_a_helper_that_answers_and_then_gives_the_session_up_is_asked_again(
@@ -168,13 +170,7 @@ def test_a_helper_that_answers_and_then_gives_the_session_up_is_asked_again(
         writer.write((await reader.readline()).rstrip() + b" 1\nNBDMAGICIHAVEOPT!")
         await reader.read()
 
-    async def work(path: str) -> None:
-        sock = await open_data_channel(path, timeout=5)
-        with sock:
-            sock.settimeout(5)
-            assert await asyncio.to_thread(sock.recv, 100) == b"NBDMAGICIHAVEOPT!"
-
-    against(tmp_path / "socket", absent, work)
+    against(tmp_path / "socket", absent, require_greeting)
 
 
 def test_a_data_port_that_speaks_something_else_is_refused(tmp_path: Path) -> None:
