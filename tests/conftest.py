@@ -6,7 +6,7 @@ import asyncio
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,6 +61,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if LAB_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("lab")
     items.sort(key=lambda item: item.get_closest_marker("lab") is not None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where a test fails that has guests, their kernels' last words are part of the report."""
+    report = yield
+    opened = getattr(item, "funcargs", {}).get("lab")
+    if report.failed and opened is not None:
+        for guest in opened.guests:
+            report.sections.append((f"kernel log of guest {guest.name}", guest.kernel_log(40)))
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -122,10 +122,16 @@ class Service:
         assert self.process is not None
         self.process.send_signal(number)
 
-    def wait_killed(self) -> None:
-        """Wait until a fault point has killed the daemon."""
+    def killed_in(self, *words: str) -> None:
+        """Run ``vmbackupctl`` with ``words``, in which a fault point kills the daemon. A daemon that lives on is ended:
+        it would die under another test."""
+        done = self.run(*words)
         assert self.process is not None
-        status = self.process.wait(timeout=COMMAND_DEADLINE)
+        try:
+            status = self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.stop()
+            raise AssertionError(f"no fault point was reached:\n{done.stdout}{done.stderr}\n{self.tail()}") from None
         self.process = None
         assert status == -signal.SIGKILL, f"the daemon ended with {status}:\n{self.tail()}"
 

@@ -63,8 +63,7 @@ def untouched(lab: Lab, plain_guest: Guest, service: Service) -> Iterator[None]:
 def test_killed_daemon_is_cleaned_up_after_at_its_next_start(service: Service, plain_guest: Guest, point: str) -> None:
     service.restart(f"{point}=kill")
     listed = service.ctl("list")
-    service.run("backup", plain_guest.name)
-    service.wait_killed()
+    service.killed_in("backup", plain_guest.name)
     service.start()
     assert service.ctl("list") == listed
 

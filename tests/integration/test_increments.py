@@ -130,8 +130,7 @@ def test_a_backup_that_fails_leaves_the_earlier_record_and_a_lost_bitmap_costs_o
     service.fails("backup", name)
     assert checkpoints(lvm_guest) == before
     service.restart("vdisk-backup:one=kill")
-    service.run("backup", name)
-    service.wait_killed()
+    service.killed_in("backup", name)
     assert len(checkpoints(lvm_guest)) == 2 * len(before)
     service.start()
     assert checkpoints(lvm_guest) == before

@@ -97,8 +97,7 @@ def test_what_changed_before_a_killed_backup_is_in_the_next_one(setup: Setup, po
     base = setup.service.ctl("list")[-1]["id"]
     content = setup.guest.exec("head -c 524288 /dev/urandom | tee /mnt/plainfs/mark; sync")
     setup.service.restart(f"{point}=kill")
-    setup.service.run("backup", setup.guest.name)
-    setup.service.wait_killed()
+    setup.service.killed_in("backup", setup.guest.name)
     setup.service.start()
     assert setup.guest.agent("guest-fsfreeze-status") == "thawed"
     assert "org.vmbackupd.j" not in setup.guest.domain_xml

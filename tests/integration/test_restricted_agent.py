@@ -79,8 +79,7 @@ def test_a_host_that_is_silent_for_the_lease_loses_the_snapshots(
 def test_a_daemon_that_is_killed_is_cleaned_up_after(service: Service, restricted: Guest, point: str) -> None:
     service.restart(f"{point}=kill")
     listed = service.ctl("list")
-    service.run("backup", restricted.name)
-    service.wait_killed()
+    service.killed_in("backup", restricted.name)
     service.start()
     assert service.ctl("list") == listed
     assert not list((service.state / "journal").iterdir())

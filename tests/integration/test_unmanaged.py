@@ -102,9 +102,7 @@ def test_a_daemon_that_dies_cleans_up_when_it_is_back(
     unmanaged_guest: PlainGuest, service: Service, point: str
 ) -> None:
     service.restart(f"{point}=kill")
-    command = service.begin("backup", unmanaged_guest.name)
-    service.wait_killed()
-    command.communicate()
+    service.killed_in("backup", unmanaged_guest.name)
     service.start()
     nothing_left(unmanaged_guest, service)
 

@@ -277,6 +277,13 @@ class Guest:
         """What the guest's kernel and services have printed."""
         return self.console_path.read_text(errors="replace") if self.console_path.exists() else ""
 
+    def kernel_log(self, lines: int) -> str:
+        """The end of the kernel's log, or why there is none to be had: for reports, so it raises nothing of its own."""
+        try:
+            return self.exec(f"dmesg | tail -n {lines}", timeout=10).decode(errors="replace")
+        except (LabError, CommandFailed, libvirt.libvirtError, OSError) as error:
+            return f"(not told: {error})"
+
     def hook_log(self) -> list[str]:
         """``freeze`` and ``thaw`` in the order in which the guest's fsfreeze hooks ran."""
         text = self.exec("cat /run/fsfreeze-hook.log 2>/dev/null || true").decode()
@@ -320,7 +327,7 @@ class Guest:
     def logout(self, lun: Lun) -> None:
         """Undo ``login``; what was mounted from there must be unmounted."""
         node = f"iscsiadm -m node -T {lun.iqn} -p {lun.portal_guest}"
-        self.exec(f"{node} --logout && {node} -o delete")
+        self.exec(f"udevadm settle && {node} --logout && {node} -o delete")  # udev may be reading it still
 
     def shutdown(self, timeout: float = 120.0) -> None:
         """Power off cleanly from within and wait until the domain is off."""
@@ -338,6 +345,7 @@ class Guest:
     def destroy(self) -> None:
         """Pull the plug, forget the domain and delete the images it was started with."""
         self.close()
+        self.lab.guests.remove(self)
         self.lab.remove_domain(self.name)
         for path in self.disks.values():
             path.unlink(missing_ok=True)

@@ -64,7 +64,7 @@ class Lab:
     kvm: bool
 
     def __init__(self) -> None:
-        self._guests: list[Guest] = []
+        self.guests: list[Guest] = []
         self._lock: int | None = None
         self._open = False
 
@@ -107,7 +107,7 @@ class Lab:
             self._open = False
             atexit.unregister(self.close)
             if hasattr(self, "connection"):
-                for guest in self._guests:
+                for guest in self.guests:
                     error = kept(error, guest.close)
                 error = kept(error, self._remove_domains)
                 error = kept(error, self.connection.close)
@@ -202,7 +202,7 @@ class Lab:
             guest = Guest(self, domain, console, paths, known)
         else:
             guest = PlainGuest(self, name, xml, console, paths, known)
-        self._guests.append(guest)
+        self.guests.append(guest)
         if wait:
             guest.wait_agent()
         return guest
@@ -276,7 +276,7 @@ class Lab:
             if source is not None and target is not None and source.get("file"):
                 disks[str(target.get("dev"))] = Path(str(source.get("file")))
         guest = Guest(self, domain, console, disks, {})
-        self._guests.append(guest)
+        self.guests.append(guest)
         if wait:
             guest.wait_agent()
         return guest

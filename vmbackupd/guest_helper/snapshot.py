@@ -9,6 +9,7 @@ Suspends are without lockfs, always: the filesystems are frozen already, and fre
 leaves the device marked as frozen until the next boot (6.12).
 """
 
+import os
 import time
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
@@ -195,20 +196,31 @@ class Snapshot:
     def _make(self, index: int, volume: Wanted, disk: str, chunk: int) -> Volume:
         name, uuid = "vmbk-%s-%d" % (self.job, index), "%s%d" % (release.prefix(self.job), index)
         size, dm, mode = volume.sectors, self._dm, volume.info.flags & READONLY
-        real = dm.info(dm.create(name + "-real", uuid + "-real", volume.rows, mode))
-        slice_rows = [
-            Target(0, volume.store_length // SECTOR, "linear", "%s %d" % (disk, volume.store_offset // SECTOR))
-        ]
-        cow = dm.info(dm.create(name + "-cow", uuid + "-cow", slice_rows))
-        origin = [Target(0, size, "snapshot-origin", real.devno)]
-        dm.load(volume.info.number, origin, mode)
-        # Read-only: a write to the snapshot would look like a write to the volume after T1.
-        snap = dm.create(
-            name + "-snap",
-            uuid + "-snap",
-            [Target(0, size, "snapshot", "%s %s P %d" % (real.devno, cow.devno, chunk))],
-            READONLY,
-        )
+        part = "real"
+        try:
+            real = dm.info(dm.create(name + "-real", uuid + "-real", volume.rows, mode))
+            slice_rows = [
+                Target(0, volume.store_length // SECTOR, "linear", "%s %d" % (disk, volume.store_offset // SECTOR))
+            ]
+            part = "cow"
+            cow = dm.info(dm.create(name + "-cow", uuid + "-cow", slice_rows))
+            part = "snapshot-origin"
+            origin = [Target(0, size, "snapshot-origin", real.devno)]
+            dm.load(volume.info.number, origin, mode)
+            part = "snap"
+            # Read-only: a write to the snapshot would look like a write to the volume after T1.
+            snap = dm.create(
+                name + "-snap",
+                uuid + "-snap",
+                [Target(0, size, "snapshot", "%s %s P %d" % (real.devno, cow.devno, chunk))],
+                READONLY,
+            )
+        except OSError as error:
+            raise HelperError(
+                "SnapshotFailed",
+                "the kernel makes no snapshot of %s (%s: %s)%s"
+                % (volume.info.name, part, error.strerror, _lost(sorted(_references(volume.rows) | {disk}))),
+            )
         return Volume(volume, real.number, cow.number, snap, origin)
 
     def _require_waiting(self) -> None:
@@ -274,6 +286,19 @@ def _depth(devno: str, below: Dict[str, Set[str]], tables: Dict[str, Set[str]], 
         raise HelperError("StackTooDeep", "device-mapper volumes are stacked too deep")
     under = below.get(devno, tables.get(devno, set()))
     return 1 + max([_depth(other, below, tables, level + 1) for other in under if other in tables] or [0])
+
+
+def _lost(devnos: Sequence[str]) -> str:
+    """What a message says of those devices that cannot be opened; nothing if all can."""
+    lost = []
+    for number in devnos:
+        name = os.path.basename(os.path.realpath("/sys/dev/block/" + number))
+        try:
+            os.close(os.open("/dev/" + name.replace("!", "/"), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+        except OSError as error:
+            state = devices.read("/sys/dev/block/%s/device/state" % number)
+            lost.append("%s (%s) %s" % (name, ", ".join(filter(None, (number, state))), error.strerror))
+    return "; it lies on what cannot be opened: " + "; ".join(lost) if lost else "; its kernel log says more"
 
 
 def _references(rows: Sequence[Target]) -> Set[str]:

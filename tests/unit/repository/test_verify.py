@@ -329,11 +329,12 @@ def test_a_bad_sector_is_damage(path: Path) -> None:
 
 
 def test_the_rate_is_kept(path: Path) -> None:
-    size = sum(pack.stat().st_size for pack in packs_of(path))
+    """A read waits for those before it, so all but the last one, which may be any pack, takes its time."""
+    sizes = [pack.stat().st_size for pack in packs_of(path)]
     with reopen(path) as repository:
         began = time.monotonic()
-        verify(repository, data=True, rate=size * 4)
-        assert time.monotonic() - began > 0.2
+        verify(repository, data=True, rate=sum(sizes) * 4)
+        assert time.monotonic() - began > (sum(sizes) - max(sizes)) / (sum(sizes) * 4) > 0
         progress = Progress()
         caught: list[type[Exception]] = []
 
