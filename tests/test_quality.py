@@ -20,7 +20,7 @@ def tool(*argv: str) -> None:
 
 
 def test_ruff() -> None:
-    tool("ruff", "check", "--no-cache", "vmbackupd", "tests", "setup.py")
+    tool("ruff", "check", "--no-cache", ".", "dev")
 
 
 def test_mypy_strict() -> None:
