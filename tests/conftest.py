@@ -69,7 +69,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report = yield
     opened = getattr(item, "funcargs", {}).get("lab")
     if report.failed and opened is not None:
-        for guest in opened.guests:
+        for guest in sorted(opened.guests, key=lambda guest: guest.name):
             report.sections.append((f"kernel log of guest {guest.name}", guest.kernel_log(40)))
     return report
 

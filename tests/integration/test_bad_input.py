@@ -149,6 +149,21 @@ def test_a_table_that_is_reloaded_voids_the_snapshot(service: Service, plain_gue
         service.restart()
 
 
+def test_a_disk_that_the_guest_has_lost_is_named(service: Service, plain_guest: Guest) -> None:
+    told = plain_guest.exec("umount /mnt/iscsi; dmsetup deps -o devname vgiscsi-iscsi").decode()  # (sdb)
+    device = told.rpartition("(")[2].partition(")")[0]
+    state = f"/sys/block/{device}/device/state"
+    try:
+        plain_guest.exec(f"echo offline > {state}")
+        code, message = service.fails("backup", plain_guest.name)
+    finally:
+        plain_guest.exec(f"echo running > {state}; mount /dev/vgiscsi/iscsi /mnt/iscsi")
+    assert code == "GuestHelper"
+    for words in (plain_guest.name, "vgiscsi-iscsi", device, "offline"):
+        assert words in message
+    assert "vmbk" not in plain_guest.exec("dmsetup ls").decode()
+
+
 def test_repository_that_is_full(lab: Lab, service: Service, plain_guest: Guest, tmp_path: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)], check=True)
     try:

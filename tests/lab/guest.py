@@ -345,7 +345,7 @@ class Guest:
     def destroy(self) -> None:
         """Pull the plug, forget the domain and delete the images it was started with."""
         self.close()
-        self.lab.guests.remove(self)
+        self.lab.guests.discard(self)
         self.lab.remove_domain(self.name)
         for path in self.disks.values():
             path.unlink(missing_ok=True)

@@ -290,7 +290,7 @@ def _overlay(root: Path, system: System) -> None:
     put("lab-provision", "usr/local/sbin/lab-provision", 0o755)
     put("lab-storage.service", "etc/systemd/system/lab-storage.service")
     put("lab-agent.service", "etc/systemd/system/lab-agent.service")
-    put("lab-agent.rules", "etc/udev/rules.d/60-lab-agent.rules")
+    put("lab.rules", "etc/udev/rules.d/60-lab.rules")
     put("qemu-guest-agent.conf", "etc/systemd/system/qemu-guest-agent.service.d/lab.conf")
     put("fsfreeze-hook", "etc/qemu/fsfreeze-hook.d/lab", 0o755)
     text("etc/systemd/journald.conf.d/lab.conf", "[Journal]\nStorage=volatile\n")
@@ -340,6 +340,8 @@ def _shrink(tree: Path, system: System) -> None:
     (tree / "etc/machine-id").write_text("1ab01ab01ab01ab01ab01ab01ab01ab0\n")
     with open(tree / "etc/iscsi/iscsid.conf", "a") as config:
         config.write("node.session.initial_login_retry_max = 3\n")
+        for what in ("interval", "timeout"):  # a host that stalls has not gone: no pings, and patience (lab.rules)
+            config.write(f"node.conn[0].timeo.noop_out_{what} = 0\n")
     (tree / "etc/iscsi/initiatorname.iscsi").write_text("InitiatorName=iqn.1993-08.org.debian:01:labguest\n")
 
 

@@ -64,7 +64,7 @@ class Lab:
     kvm: bool
 
     def __init__(self) -> None:
-        self.guests: list[Guest] = []
+        self.guests: set[Guest] = set()
         self._lock: int | None = None
         self._open = False
 
@@ -202,7 +202,7 @@ class Lab:
             guest = Guest(self, domain, console, paths, known)
         else:
             guest = PlainGuest(self, name, xml, console, paths, known)
-        self.guests.append(guest)
+        self.guests.add(guest)
         if wait:
             guest.wait_agent()
         return guest
@@ -276,7 +276,7 @@ class Lab:
             if source is not None and target is not None and source.get("file"):
                 disks[str(target.get("dev"))] = Path(str(source.get("file")))
         guest = Guest(self, domain, console, disks, {})
-        self.guests.append(guest)
+        self.guests.add(guest)
         if wait:
             guest.wait_agent()
         return guest

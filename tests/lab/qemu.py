@@ -227,7 +227,7 @@ class PlainGuest(Guest):
 
     def destroy(self) -> None:
         self.close()
-        self.lab.guests.remove(self)
+        self.lab.guests.discard(self)
         self.qemu.close()
         for path in self.disks.values():
             path.unlink(missing_ok=True)

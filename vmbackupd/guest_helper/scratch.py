@@ -34,19 +34,24 @@ def find(serial: str, seconds: float = WAIT) -> Scratch:
 
 
 def _scratch(name: str) -> "Scratch | None":
-    """None while the kernel has not finished with it."""
+    """None while the kernel has not finished with it: its node is there before it can be opened."""
     base = "/sys/block/" + name
     size = devices.read(base + "/size")
     path, devno = "/dev/" + name, devices.devno_of_name(name)
     try:
-        status = os.stat(path)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+        holders = os.listdir(base + "/holders")
     except OSError:
         return None
     if not size.isdigit() or int(size) == 0 or not stat.S_ISBLK(status.st_mode):
         return None
     if "%d:%d" % (os.major(status.st_rdev), os.minor(status.st_rdev)) != devno:
         return None
-    if os.listdir(base + "/holders"):
+    if holders:
         raise HelperError("ScratchInUse", "the scratch disk %s is already in use" % name)
     return Scratch(devno, path, int(size) * devices.SECTOR)
 

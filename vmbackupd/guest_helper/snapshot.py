@@ -9,6 +9,7 @@ Suspends are without lockfs, always: the filesystems are frozen already, and fre
 leaves the device marked as frozen until the next boot (6.12).
 """
 
+import errno
 import os
 import time
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
@@ -83,7 +84,7 @@ class Snapshot:
         udevrules.install()
         try:
             for index, volume in enumerate(wanted):
-                scratch.zero(disk, volume.store_offset, chunk * SECTOR)
+                _clear(disk, volume, chunk * SECTOR)
                 self.volumes.append(self._make(index, volume, disk.devno, chunk))
             _order(self._dm, self.volumes)
             memory.lock()
@@ -273,10 +274,25 @@ def _require_targets(dm: Dm) -> None:
         raise HelperError("NoSnapshotTarget", "the guest's kernel has no dm-snapshot module")
 
 
+def _clear(disk: scratch.Scratch, volume: Wanted, length: int) -> None:
+    try:
+        scratch.zero(disk, volume.store_offset, length)
+    except OSError as error:
+        raise HelperError(
+            "ScratchFailed", "cannot write to the scratch disk for %s: %s" % (volume.info.name, error.strerror)
+        )
+
+
 def _order(dm: Dm, volumes: List[Volume]) -> None:
     """Sort so that a volume is suspended before those it lies on: a suspend waits for the I/O below it."""
     below = {volume.devno: _references(volume.wanted.rows) for volume in volumes}
-    tables = {info.devno: _references(dm.table(info.number)) for info in dm.devices()}
+    tables = {}
+    for info in dm.devices():
+        try:
+            tables[info.devno] = _references(dm.table(info.number))
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise  # ENXIO: removed meanwhile
     depths = {devno: _depth(devno, below, tables, 0) for devno in below}
     volumes.sort(key=lambda volume: -depths[volume.devno])
 
