@@ -346,8 +346,11 @@ class Guest:
         """Pull the plug, forget the domain and delete the images it was started with."""
         self.close()
         self.lab.guests.discard(self)
-        self.lab.remove_domain(self.name)
+        self._stop()
         for path in self.disks.values():
             path.unlink(missing_ok=True)
         for iqn in {lun.iqn for lun in self.luns.values()}:
             self.lab.iscsi.delete_target(iqn)
+
+    def _stop(self) -> None:
+        self.lab.remove_domain(self.name)

@@ -225,11 +225,5 @@ class PlainGuest(Guest):
         finally:
             official.close()
 
-    def destroy(self) -> None:
-        self.close()
-        self.lab.guests.discard(self)
+    def _stop(self) -> None:
         self.qemu.close()
-        for path in self.disks.values():
-            path.unlink(missing_ok=True)
-        for iqn in {lun.iqn for lun in self.luns.values()}:
-            self.lab.iscsi.delete_target(iqn)

@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import stat
 from typing import Any, Dict, List, Optional
 
 from . import facts, mounts
@@ -80,6 +81,18 @@ def size_of(devno: str) -> int:
 def devno_of_name(name: str) -> str:
     """``major:minor`` of a kernel name; empty when the device is gone."""
     return read(os.path.join(BLOCK, name, "dev"))
+
+
+def node(number: str) -> str:
+    """The kernel's own node of a device. Raises ``HelperError`` when it is another device's."""
+    path = "/dev/" + os.path.basename(os.path.realpath("/sys/dev/block/" + number)).replace("!", "/")
+    try:
+        status = os.stat(path)
+        if stat.S_ISBLK(status.st_mode) and "%d:%d" % (os.major(status.st_rdev), os.minor(status.st_rdev)) == number:
+            return path
+    except OSError:
+        pass
+    raise HelperError("NoDevice", "there is no device %s" % number)
 
 
 def shown_rows(rows: List[Target]) -> List[List[Any]]:

@@ -5,10 +5,9 @@ names of its chunks · ``ID#exceptions`` the chunks overwritten since T1 · ``ID
 took of it · ``ID#rest`` the chunks that the capture found marked. What does not apply to a disk is not there.
 """
 
-import os
-import stat
 from typing import Dict, List, NamedTuple, Optional, Set, Tuple
 
+from . import devices
 from .blocks import Blocks, Export, Table
 from .capture import Capture
 from .dm import Dm, devno_of
@@ -71,7 +70,7 @@ class Disks:
     def open(self, device: str) -> Device:
         """A device, opened once."""
         if device not in self._opened:
-            self._opened[device] = Device(device[len(FILE) :] if device.startswith(FILE) else node(device))
+            self._opened[device] = Device(device[len(FILE) :] if device.startswith(FILE) else devices.node(device))
         return self._opened[device]
 
 
@@ -106,15 +105,3 @@ def exports(wanted: Dict[str, str], known: Known, live: bool, key: Optional[byte
             if export is not None:
                 found[name + suffix] = export
     return found
-
-
-def node(number: str) -> str:
-    """The kernel's own node of a device. Raises ``HelperError`` when it is another device's."""
-    path = "/dev/" + os.path.basename(os.path.realpath("/sys/dev/block/" + number)).replace("!", "/")
-    try:
-        status = os.stat(path)
-        if stat.S_ISBLK(status.st_mode) and "%d:%d" % (os.major(status.st_rdev), os.minor(status.st_rdev)) == number:
-            return path
-    except OSError:
-        pass
-    raise HelperError("NoDevice", "there is no device %s" % number)

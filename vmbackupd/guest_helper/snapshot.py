@@ -308,12 +308,16 @@ def _lost(devnos: Sequence[str]) -> str:
     """What a message says of those devices that cannot be opened; nothing if all can."""
     lost = []
     for number in devnos:
-        name = os.path.basename(os.path.realpath("/sys/dev/block/" + number))
         try:
-            os.close(os.open("/dev/" + name.replace("!", "/"), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+            path = devices.node(number)
+        except HelperError as error:
+            lost.append(str(error))
+            continue
+        try:
+            os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
         except OSError as error:
             state = devices.read("/sys/dev/block/%s/device/state" % number)
-            lost.append("%s (%s) %s" % (name, ", ".join(filter(None, (number, state))), error.strerror))
+            lost.append("%s (%s) %s" % (path[5:], ", ".join(filter(None, (number, state))), error.strerror))
     return "; it lies on what cannot be opened: " + "; ".join(lost) if lost else "; its kernel log says more"
 
 
