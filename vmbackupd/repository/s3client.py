@@ -42,6 +42,8 @@ ADVICE = {
     "SignatureDoesNotMatch": "the secret key does not match the access key",
     "RequestTimeTooSkewed": "this host's clock differs too much from the store's: set it",
 }
+# Requests that make an object, and so never find it missing. Ceph 16 says so when the name is removed meanwhile.
+MAKERS = {"put_object", "complete_multipart_upload"}
 PAUSE, LONGEST_PAUSE = 0.2, 10.0
 SLOWEST = 64 * 1024  # bytes a second below which a transfer is given up
 BLOCK = 2**20
@@ -202,6 +204,8 @@ class S3Client:
                 return Reply(fields, attempt)
             except Exception as reason:
                 error = self._judge(reason, what)
+                if isinstance(error, FileNotFoundError) and operation in MAKERS:
+                    error = StorageUnanswered(f"{error}: the store answers a put with 'no such object'")
                 if not isinstance(error, StorageUnanswered):
                     raise error from reason
                 if attempt >= self.options.attempts:

@@ -282,7 +282,7 @@ class VersionedObjects(Bucket):
                 in_parts=True,
             )
         except Taken:
-            return self._was_ours(name, token)
+            return self._is_ours(name, token)
         if sent.version is None:
             raise self.error(name, "versioning was switched off: switch it on again")
         log = self.log(name)
@@ -299,13 +299,14 @@ class VersionedObjects(Bucket):
             self._remember(name, sent.version)
             return True
         # an earlier attempt, whose answer was lost, may have won
-        ours = sent.attempts > 1 and found is not None and token_of(self.head(name, found.id)) == token
+        ours = sent.attempts > 1 and found is not None and self._is_ours(name, token, found.id)
         self._discard(name, sent.version)
         return ours
 
-    def _was_ours(self, name: str, token: str) -> bool:
+    def _is_ours(self, name: str, token: str, version: str | None = None) -> bool:
+        """Has the put with this token made the object, or this version? False if it was removed meanwhile."""
         with contextlib.suppress(FileNotFoundError):
-            return token_of(self.head(name, self.version_of(name))) == token
+            return token_of(self.head(name, version or self.version_of(name))) == token
         return False
 
     def _discard(self, name: str, version: str) -> None:

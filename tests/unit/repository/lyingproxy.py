@@ -17,9 +17,10 @@ from typing import Any
 
 from tests.lab.ceph import Ceph
 
-HONEST, LOSE, SHORTEN, CHANGE, HANG, DROP_ANSWER, TRICKLE, BUSY = (
-    "honest", "lose", "shorten", "change", "hang", "drop answer", "trickle", "busy"
+HONEST, LOSE, SHORTEN, CHANGE, HANG, DROP_ANSWER, TRICKLE, BUSY, MISSING, DISOWN = (
+    "honest", "lose", "shorten", "change", "hang", "drop answer", "trickle", "busy", "missing", "disown"
 )  # fmt: skip
+NO_SUCH_KEY = b"<Error><Code>NoSuchKey</Code></Error>"
 
 
 class LyingProxy:
@@ -116,7 +117,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if action == BUSY:
             self._answer(503, [], b"<Error><Code>SlowDown</Code><Message>slow down</Message></Error>")
             return
+        if action == MISSING:
+            self._answer(404, [], NO_SUCH_KEY)
+            return
         status, headers, answer = self._forward(body)
+        if action == DISOWN:
+            self._answer(404, [], NO_SUCH_KEY)
+            return
         if action == DROP_ANSWER:
             self.close_connection = True
             return

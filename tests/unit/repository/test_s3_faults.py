@@ -13,7 +13,18 @@ from typing import Any
 import pytest
 
 from tests.lab.ceph import Ceph
-from tests.unit.repository.lyingproxy import BUSY, CHANGE, DROP_ANSWER, HANG, LOSE, SHORTEN, TRICKLE, LyingProxy
+from tests.unit.repository.lyingproxy import (
+    BUSY,
+    CHANGE,
+    DISOWN,
+    DROP_ANSWER,
+    HANG,
+    LOSE,
+    MISSING,
+    SHORTEN,
+    TRICKLE,
+    LyingProxy,
+)
 from tests.unit.repository.repository_support import CHUNK, sparse_image
 from tests.unit.repository.stores import Store, make_store
 from tests.unit.repository.test_s3_repository import back_up, join, make, restored
@@ -149,6 +160,35 @@ def test_a_put_whose_answer_was_lost_is_ours(
             assert place.ceph is not None
             versions, markers = place.ceph.versions(place.bucket, f"{place.prefix}/manifests/")
             assert (len(versions), markers) == (2, [])
+
+
+@pytest.mark.parametrize("kind", ["plain", "versioned"])
+@pytest.mark.parametrize("answer", [MISSING, DISOWN])
+def test_a_put_to_which_the_store_says_that_there_is_no_such_object(
+    request: pytest.FixtureRequest, tmp_path: Path, proxy: LyingProxy, kind: str, answer: str
+) -> None:
+    """Ceph 16 says so (404 NoSuchKey) to a put beside a removal of the same name. It may hold what was put or not."""
+    with make_store(kind, tmp_path, request) as place:
+        storage, other = place.open(endpoint=proxy.endpoint), place.open()
+        proxy.tell(answer, "PUT", "/waits/", times=1)
+        assert storage.put_if_absent("waits/ours", [b"ours"])
+        assert proxy.seen == 1
+        assert other.get("waits/ours") == b"ours"
+        proxy.tell(answer, "PUT", "/waits/")
+        with pytest.raises(StorageUnanswered, match="waits/others"):
+            place.open(endpoint=proxy.endpoint, attempts=2).put_if_absent("waits/others", [b"others"])
+
+
+@pytest.mark.parametrize("kind", ["plain", "versioned"])
+def test_a_winner_that_is_removed_while_a_put_asks_whose_it_is(
+    request: pytest.FixtureRequest, tmp_path: Path, proxy: LyingProxy, kind: str
+) -> None:
+    with make_store(kind, tmp_path, request) as place:
+        storage = place.open(endpoint=proxy.endpoint)
+        proxy.tell(DROP_ANSWER, "PUT", "/waits/", times=1)
+        proxy.tell(MISSING, "HEAD", "/waits/")
+        assert not storage.put_if_absent("waits/gone", [b"gone"])
+        assert proxy.seen == 2
 
 
 def test_every_answer_is_lost(place: Store, proxy: LyingProxy) -> None:
