@@ -48,6 +48,7 @@ def domain_xml(
     name: str,
     *,
     kvm: bool,
+    emulator: Path,
     kernel: Path,
     initrd: Path,
     cmdline: str,
@@ -68,6 +69,7 @@ def domain_xml(
         "<features><acpi/></features>",
         "<cpu mode='host-passthrough'/>" if kvm else "<cpu mode='maximum'/>",
         "<on_poweroff>destroy</on_poweroff><on_reboot>restart</on_reboot><on_crash>destroy</on_crash><devices>",
+        f"<emulator>{emulator}</emulator>",
     ]
     for target, source, form, serial in disks:
         kind = "network" if isinstance(source, Lun) else "file"
