@@ -149,10 +149,7 @@ class Copy(PlainGuest):
         old = original.luns["lun"]
         text = text.replace(f"file.target={old.iqn},file.lun={old.lun}",
                             f"file.target={luns['sda'].iqn},file.lun={luns['sda'].lun}")
-        words = shlex.split(text)
-        # the lab's emulator may be a script, which no command line shows
-        words[: words.index("-name")] = [str(self.lab.emulator)]
-        self.qemu = original.qemu.copy("copy", words)
+        self.qemu = original.qemu.copy("copy", shlex.split(text))
         for target in VIRTUAL:
             assert f"{directory}/{target}.qcow2" in text
         self.qemu.start()

@@ -48,7 +48,6 @@ def domain_xml(
     name: str,
     *,
     kvm: bool,
-    emulator: Path,
     kernel: Path,
     initrd: Path,
     cmdline: str,
@@ -69,7 +68,6 @@ def domain_xml(
         "<features><acpi/></features>",
         "<cpu mode='host-passthrough'/>" if kvm else "<cpu mode='maximum'/>",
         "<on_poweroff>destroy</on_poweroff><on_reboot>restart</on_reboot><on_crash>destroy</on_crash><devices>",
-        f"<emulator>{emulator}</emulator>",
     ]
     for target, source, form, serial in disks:
         kind = "network" if isinstance(source, Lun) else "file"

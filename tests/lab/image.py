@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,38 +167,33 @@ def ensure(name: str = STANDARD) -> Images:
     """The images of a system (a key of SYSTEMS) of the present recipe, built now if the cache lacks them. Raises
     ImageError.
     """
-    return Images(cached(recipe(name), f"guest images of {name}", lambda work: build(work, name)))
-
-
-def cached(key: str, what: str, make: Callable[[Path], None]) -> Path:
-    """The directory ``key`` of the cache, which ``make`` fills if it is not there yet. What ``make`` raises passes."""
     cache = cache_directory()
-    final = cache / key
+    final = cache / recipe(name)
     if (final / "complete").exists():
         (final / "complete").touch()  # still in use
-        return final
+        return Images(final)
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (final / "complete").exists():
-            return final
+            return Images(final)
         began = time.monotonic()
-        _say(f"building {what} in {final} (some minutes, once)")
+        _say(f"building guest images of {name} in {final} (some minutes, once)")
         stale = [*cache.glob("building-*")]  # we hold the lock: nobody builds there
         stale += [old.parent for old in cache.glob("*/complete") if time.time() - old.stat().st_mtime > UNUSED]
         for directory in stale:
             shutil.rmtree(directory)
         work = Path(tempfile.mkdtemp(prefix="building-", dir=cache))
         try:
-            make(work)
+            build(work, name)
             (work / "complete").touch()
             if final.exists():
                 shutil.rmtree(final)
             work.rename(final)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        _say(f"{what} built in {time.monotonic() - began:.0f} s")
-    return final
+        _say(f"guest images of {name} built in {time.monotonic() - began:.0f} s")
+    return Images(final)
 
 
 def build(work: Path, name: str) -> None:
@@ -214,7 +209,7 @@ def build(work: Path, name: str) -> None:
     if name == STANDARD:
         _volume_groups(work)
     for disk in ("plain", "root", "data", "spana") if name == STANDARD else ("plain",):
-        run("qemu-img", "convert", "-O", "qcow2", work / f"{disk}.raw", work / f"{disk}.qcow2")
+        _run("qemu-img", "convert", "-O", "qcow2", work / f"{disk}.raw", work / f"{disk}.qcow2")
         (work / f"{disk}.raw").unlink()
 
 
@@ -241,7 +236,7 @@ def _volume_groups(work: Path) -> None:
 def _debootstrap(work: Path, tree: Path, system: System) -> None:
     overlay = work / "overlay"
     _overlay(overlay, system)
-    run(
+    _run(
         "mmdebstrap",
         "--variant=minbase",
         "--mode=root",
@@ -258,12 +253,12 @@ def _debootstrap(work: Path, tree: Path, system: System) -> None:
         f"--include={','.join([*PACKAGES, *system.packages])}",
         system.suite,
         tree,
-        *sources(system.suite),
+        *_sources(system.suite),
     )
     shutil.rmtree(overlay)
 
 
-def sources(suite: str) -> list[Path | str]:
+def _sources(suite: str) -> list[Path | str]:
     """Apt sources of a Debian: this machine's own where it is one (its mirror, its keys), else Debian's."""
     found: list[Path | str] = []
     for path in [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]:
@@ -336,7 +331,7 @@ def _shrink(tree: Path, system: System) -> None:
     modules = next((tree / "usr/lib/modules").iterdir())
     for name in set(MODULES_DROPPED) - set(system.modules_kept):
         shutil.rmtree(modules / "kernel" / name, ignore_errors=True)
-    run("depmod", "-b", tree / "usr", modules.name) if shutil.which("depmod") else run(
+    _run("depmod", "-b", tree / "usr", modules.name) if shutil.which("depmod") else _run(
         "chroot", tree, "depmod", modules.name
     )
     for name in ("etc/resolv.conf", "vmlinuz", "vmlinuz.old", "initrd.img", "initrd.img.old"):
@@ -354,7 +349,7 @@ def _filesystem(path: Path, size: int, label: str, tree: Path | None = None) -> 
     with open(path, "wb") as file:
         file.truncate(size)
     options = ["-d", tree] if tree else []
-    run(
+    _run(
         "mkfs.ext4",
         "-q",
         "-F",
@@ -389,7 +384,7 @@ def _provision(work: Path) -> None:
         ]
         command += ["-device", f"virtio-blk-pci,drive={name},serial={name}"]
     try:
-        run(*command, timeout=300)
+        _run(*command, timeout=300)
         text = console.read_text(errors="replace")
     except subprocess.TimeoutExpired:
         text = console.read_text(errors="replace") + "\n(no end after 300 s)"
@@ -398,7 +393,7 @@ def _provision(work: Path) -> None:
     console.unlink()
 
 
-def run(*argv: object, timeout: float | None = None) -> None:
+def _run(*argv: object, timeout: float | None = None) -> None:
     words = [str(word) for word in argv]
     done = subprocess.run(words, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
     if done.returncode != 0:

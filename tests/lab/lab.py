@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import libvirt
 
-from tests.lab import emulator, image
+from tests.lab import image
 from tests.lab.guest import Guest, domain_xml
 from tests.lab.iscsi import IscsiTarget, Lun
 from tests.lab.qemu import PlainGuest
@@ -62,7 +62,6 @@ class Lab:
     processes: Processes
     connection: libvirt.virConnect
     kvm: bool
-    emulator: Path
 
     def __init__(self) -> None:
         self.guests: set[Guest] = set()
@@ -89,7 +88,6 @@ class Lab:
         self._lock = _take_lock()
         try:
             self.kvm = _usable_kvm(self.images)
-            self.emulator = emulator.system() if self.kvm else emulator.ensure()
             self.dir = _directory()
             self.processes = Processes(self.dir, self._lock)
             self._open = True
@@ -187,7 +185,6 @@ class Lab:
         xml = domain_xml(
             name,
             kvm=self.kvm,
-            emulator=self.emulator,
             kernel=images.kernel,
             initrd=images.initrd,
             cmdline=" ".join(words).strip(),

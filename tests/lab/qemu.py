@@ -64,14 +64,13 @@ class Qemu:
     ``directory``, whose path has to be short. ``processes`` holds it, so that it cannot outlive the test."""
 
     def __init__(
-        self, name: str, processes: Processes, directory: Path, words: Sequence[str | Path], *, uuid: str | None = None,
-        program: Path = Path("qemu-system-x86_64"),
+        self, name: str, processes: Processes, directory: Path, words: Sequence[str | Path], *, uuid: str | None = None
     ) -> None:
         self.name, self.directory, self.uuid, self._processes = name, directory, uuid, processes
         self.qmp, self.own = directory / f"{name}.qmp", directory / f"{name}.own"
         self.agent = directory / f"{name}.agent"
         self.argv = [
-            str(program), "-name", name, "-nodefaults", "-display", "none", "-no-user-config",
+            "qemu-system-x86_64", "-name", name, "-nodefaults", "-display", "none", "-no-user-config",
             *(["-uuid", uuid] if uuid else []),
             "-qmp", f"unix:{self.qmp},server=on,wait=off", "-qmp", f"unix:{self.own},server=on,wait=off",
             *(str(word) for word in words),
@@ -200,7 +199,7 @@ class PlainGuest(Guest):
     ) -> None:
         self.lab, self.console_path, self.disks, self.luns = lab, console, disks, luns
         self.name, self.uuid = name, str(uuid.uuid4())
-        self.qemu = Qemu(name, lab.processes, lab.dir, words_of(xml), uuid=self.uuid, program=lab.emulator)
+        self.qemu = Qemu(name, lab.processes, lab.dir, words_of(xml), uuid=self.uuid)
         self.qemu.argv += self.qemu.agent_words + channel_words(LAB_CHANNEL, lab.dir / f"{name}.lab")
         self._agent = None
         self.qemu.start()
