@@ -91,6 +91,21 @@ def test_the_lun_is_real_passthrough(plain_guest: Guest) -> None:
     assert plain_guest.exec("cat /sys/block/sda/device/vendor").strip() == b"VMBKLAB"
 
 
+TRACERS = """
+cd /sys/kernel/tracing/events/block
+dd if=/dev/vda of=/dev/null bs=4k iflag=direct 2>/dev/null & one=$!
+dd if=/dev/vda of=/dev/null bs=4k iflag=direct 2>/dev/null & two=$!
+for round in $(seq 400); do echo 1 > enable; echo 0 > enable; done
+kill $one $two 2>/dev/null || true
+wait
+"""
+
+
+def test_tracers_come_and_go_while_disks_work(plain_guest: Guest) -> None:
+    """A kernel that has to patch itself for them dies of it where QEMU 7.2 emulates its CPUs."""
+    plain_guest.exec(TRACERS, timeout=120)
+
+
 def test_the_writer_writes_and_its_images_verify(plain_guest: Guest, tmp_path: Path) -> None:
     work = Workload(plain_guest)
     work.start()
