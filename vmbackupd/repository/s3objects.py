@@ -112,6 +112,12 @@ class Bucket:
     def version_of(self, name: str) -> str | None:
         return None
 
+    def _is_ours(self, name: str, token: str, version: str | None = None) -> bool:
+        """Has the put with this token made the object, or this version? False if it was removed meanwhile."""
+        with contextlib.suppress(FileNotFoundError):
+            return token_of(self.head(name, version or self.version_of(name))) == token
+        return False
+
     def remove_keys(self, keys: Sequence[dict[str, str]], what: str) -> list[str]:
         """DeleteObjects; the keys that the store refused to remove."""
         refused = []
@@ -143,9 +149,7 @@ class PlainObjects(Bucket):
             )
         except Taken:
             # an attempt whose answer was lost may have been ours
-            with contextlib.suppress(FileNotFoundError):
-                return token_of(self.head(name)) == token
-            return False
+            return self._is_ours(name, token)
         if sent.version is not None:
             raise self.error(name, "versioning was switched on meanwhile: open the repository again")
         self._look(name, sent)
@@ -302,12 +306,6 @@ class VersionedObjects(Bucket):
         ours = sent.attempts > 1 and found is not None and self._is_ours(name, token, found.id)
         self._discard(name, sent.version)
         return ours
-
-    def _is_ours(self, name: str, token: str, version: str | None = None) -> bool:
-        """Has the put with this token made the object, or this version? False if it was removed meanwhile."""
-        with contextlib.suppress(FileNotFoundError):
-            return token_of(self.head(name, version or self.version_of(name))) == token
-        return False
 
     def _discard(self, name: str, version: str) -> None:
         """Remove a version that means nothing. It may be locked: then it stays and still means nothing."""
