@@ -212,7 +212,7 @@ class Catalog:
             files = sorted(self.refresh().files, key=lambda file: file.count, reverse=True)
             sound = [file for file in files if not file.damaged and file.label in self._files]
             chosen = sound[kept_files([file.count for file in sound]) :]
-            return len(chosen) if len(chosen) > 1 and self._replace(chosen, frozenset(), stop) else 0
+            return len(chosen) if len(chosen) > 1 and self._replace(chosen, self.pack_ids(), stop) else 0
 
     def merge_soon(self) -> None:
         """``merge`` in a thread of its own, unless that is at work already. ``close`` ends it."""
@@ -237,25 +237,26 @@ class Catalog:
         if merger is not None:
             merger.join()
 
-    def rewrite(self, without: Collection[bytes]) -> int:
-        """Replace the index files that tell of these packs (16 byte ids) by files that do not; how many.
+    def drop_gone(self) -> int:
+        """Replace the index files that tell of packs that are gone by files that do not; how many.
 
         A file with damaged blocks stays as it is (see ``rebuild``). RepositoryFull, StorageError: what was not replaced
         yet stays.
         """
         with self._merging:
+            files = [file for file in self.refresh().files if file.label in self._files]
+            present = self.pack_ids()
             return sum(
-                self._replace([file], without, None)
-                for file in self.refresh().files
-                if file.label in self._files and not set(file.pack_ids()).isdisjoint(without)
+                self._replace([file], present, None) for file in files if not present.issuperset(file.pack_ids())
             )
 
-    def _replace(self, files: Sequence[IndexFile], without: Collection[bytes], stop: Callable[[], bool] | None) -> bool:
-        """Put a file with the entries of ``files`` beside them, then remove them; False if that was not done."""
-        # listed after the files were opened: what they tell of and is not there now is gone for good
-        present = self.pack_ids()
+    def _replace(self, files: Sequence[IndexFile], present: Collection[bytes], stop: Callable[[], bool] | None) -> bool:
+        """Put a file with the entries of ``files`` beside them, then remove them; False if that was not done.
+
+        ``present``: all packs, listed after the files were opened. What these tell of others is gone for good.
+        """
         try:
-            merged = self._merged(files, lambda pack_id: pack_id in present and pack_id not in without, stop)
+            merged = self._merged(files, present.__contains__, stop)
         except RepositoryCorrupt as reason:
             log.warning("%s: %s; it stays as it is", self._storage.place, reason)
             return False

@@ -110,6 +110,7 @@ class Collector:
             if self._full is None:
                 self._condemn(sparse, SPARSE)
                 self._sweep(view)
+        self._drop_gone()
         self._renew_locks(view, used)
         self._tell_waiting()
         if self._full is not None:
@@ -225,12 +226,14 @@ class Collector:
             gone |= self._remove_batch(packs[first : first + BATCH])
         self.result.removed_packs += len(gone)
         self.result.freed_bytes += sum(here[pack] for pack in gone)
-        if gone:
-            try:
-                self._catalog.rewrite(gone)
-            except RepositoryFull as reason:  # entries of packs that are gone hurt nobody
-                log.warning("%s: the indexes are not made smaller: %s", self._storage.place, reason)
         return gone
+
+    def _drop_gone(self) -> None:
+        """Also what a collector that was killed, or a merge that began before packs were removed, left in indexes."""
+        try:
+            self._catalog.drop_gone()
+        except RepositoryFull as reason:  # entries of packs that are gone hurt nobody
+            log.warning("%s: the indexes are not made smaller: %s", self._storage.place, reason)
 
     def _renew_locks(self, view: View, packs: Iterable[bytes]) -> None:
         """A backup can rely on packs much older than itself: their object locks must not end before its own."""

@@ -153,6 +153,8 @@ class Model:
         assert self.backups() == alive
         left = {name.partition("/")[0] for name in self.shared.objects}
         assert left <= {HEADER_NAME, "packs", "indexes", "manifests"}, f"left behind: {left}"
+        repository.catalog.refresh()
+        assert repository.catalog.covered() == repository.catalog.pack_ids(), "indexes tell of packs that are gone"
         self._check_waste()
         for name in [name for name in self.shared.objects if name.startswith("indexes/")]:
             self.shared.delete(name)

@@ -22,7 +22,7 @@ from tests.unit.repository.repository_support import (
 from vmbackupd.engine.index import IndexSet
 from vmbackupd.errors import ObjectLocked, RepositoryFull, StorageError
 from vmbackupd.repository import LocalStorage, Repository
-from vmbackupd.repository.catalog import INDEXES, MOST_FILES, MOST_KEPT, Catalog, kept_files, pack_name
+from vmbackupd.repository.catalog import INDEXES, MOST_FILES, MOST_KEPT, PACKS, Catalog, kept_files, pack_name
 from vmbackupd.repository.sessions import SESSIONS
 
 Places = dict[bytes, set[tuple[bytes, int, int, int, int]]]
@@ -146,21 +146,26 @@ def test_merge_drops_what_is_gone(tmp_path: Path) -> None:
         }
 
 
-def test_rewrite_leaves_packs_out(tmp_path: Path) -> None:
+def test_only_files_that_tell_of_packs_that_are_gone_are_replaced(tmp_path: Path) -> None:
     filled(tmp_path, 6)
     with reopen(tmp_path) as repository:
         before = places(repository, repository.catalog.current)
         files = index_files(tmp_path)
         packs = sorted(repository.catalog.list_packs())
         told = [set(file.pack_ids()) for file in repository.catalog.current.files]
-        without = {packs[0], *max(told, key=len)}
-        assert repository.catalog.rewrite(without) == sum(not own.isdisjoint(without) for own in told)
-        assert repository.catalog.covered() == set(packs) - without
+        assert repository.catalog.drop_gone() == 0
+        gone = {packs[0], *max(told, key=len)}
+        for pack_id in gone:
+            (tmp_path / pack_name(pack_id)).unlink()
+        assert repository.catalog.drop_gone() == sum(not own.isdisjoint(gone) for own in told)
+        assert repository.catalog.covered() == set(packs) - gone
         after = {name: set(repository.catalog.current.copies(name)) for name in before}
-        assert after == {name: {one for one in where if one[0] not in without} for name, where in before.items()}
-        assert repository.catalog.rewrite(without) == 0
+        assert after == {name: {one for one in where if one[0] not in gone} for name, where in before.items()}
+        assert repository.catalog.drop_gone() == 0
         kept = index_files(tmp_path)
-        assert repository.catalog.rewrite(set(packs)) == len(kept)
+        for pack_id in repository.catalog.list_packs():
+            (tmp_path / pack_name(pack_id)).unlink()
+        assert repository.catalog.drop_gone() == len(kept)
         assert index_files(tmp_path) == []
         assert set(kept) & set(files)
 
@@ -177,7 +182,12 @@ def test_damaged_blocks_are_never_merged_away(tmp_path: Path) -> None:
         assert victim.exists()
         repository.catalog.merge()
         assert victim.exists()
-        assert repository.catalog.rewrite(set(packs)) == len(index_files(tmp_path)) - 1 or victim.exists()
+        (tmp_path / PACKS).rename(tmp_path / "aside")
+        (tmp_path / PACKS).mkdir()
+        assert repository.catalog.drop_gone() > 0
+        assert index_files(tmp_path) == [victim.relative_to(tmp_path).as_posix()]
+        (tmp_path / PACKS).rmdir()
+        (tmp_path / "aside").rename(tmp_path / PACKS)
         assert repository.catalog.covered() <= packs
         repository.rebuild_index()
         assert not victim.exists()  # all it could tell is told by others now
@@ -286,7 +296,7 @@ def test_a_merged_file_that_cannot_be_removed(tmp_path: Path) -> None:
     assert stays in index_files(tmp_path)
     assert places(repository, repository.catalog.current).keys() == wanted.keys()
     storage.always = None
-    repository.catalog._replace(list(repository.catalog.current.files), frozenset(), None)
+    repository.catalog._replace(list(repository.catalog.current.files), repository.catalog.pack_ids(), None)
     assert places(repository, repository.catalog.current) == wanted
     repository.close()
     read_all(tmp_path, made)
@@ -305,7 +315,7 @@ def test_mergers_on_two_hosts(tmp_path: Path) -> None:
                 for _ in range(10):
                     files = list(repository.catalog.refresh().files)
                     chosen = rng.sample(files, rng.randrange(1, len(files) + 1))
-                    repository.catalog._replace(chosen, frozenset(), None)
+                    repository.catalog._replace(chosen, repository.catalog.pack_ids(), None)
                     assert places(repository, repository.catalog.refresh()) == wanted
             except BaseException as reason:
                 errors.append(reason)
@@ -344,7 +354,7 @@ def test_a_writer_whose_index_was_merged_and_removed_keeps_its_packs(tmp_path: P
     def put_or_fail(name: str, parts: object) -> bool:
         if not name.startswith("manifests/"):
             return put(name, parts)  # type: ignore[arg-type]
-        other.catalog._replace(list(other.catalog.refresh().files), frozenset(), None)
+        other.catalog._replace(list(other.catalog.refresh().files), other.catalog.pack_ids(), None)
         store(other, "other", image)
         raise StorageError("gone")
 

@@ -25,7 +25,7 @@ from tests.unit.repository.repository_support import (
 )
 from vmbackupd.errors import InvalidArgument, NotFound, Protected, RepositoryCorrupt, RepositoryFull, SessionLost
 from vmbackupd.repository import LocalStorage, Repository
-from vmbackupd.repository.catalog import pack_name
+from vmbackupd.repository.catalog import Catalog, pack_name
 from vmbackupd.repository.retention import KeepPolicy
 
 pytestmark = pytest.mark.usefixtures("both_sorts")
@@ -94,6 +94,30 @@ def test_a_collection_leaves_nothing_to_the_next(repository: Repository, seed: i
     repository.forget(["all"])
     repository.gc()
     assert repository.gc().condemned_packs == 0
+
+
+def test_a_collector_was_killed_once_it_had_removed_packs(
+    repository: Repository, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its indexes still tell of them: the next collection sees to that, too."""
+    store(repository, "one", noise(5, 40))
+    store(repository, "two", noise(6, 10))
+    repository.forget(["one"])
+
+    def killed(self: Catalog) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Catalog, "drop_gone", killed)
+        repository.gc()
+    with reopen(path, SMALL) as other:
+        assert other.catalog.refresh() and other.catalog.covered() > other.catalog.pack_ids()
+        other.gc()
+        assert other.catalog.covered() == other.catalog.pack_ids()
+        assert read(other, "two") == noise(6, 10)
+        other.forget(["two"])
+        other.gc()
+    assert objects(path) == {}
 
 
 def test_live_parts_of_mostly_unused_packs_are_copied(repository: Repository, path: Path) -> None:
