@@ -203,9 +203,7 @@ class S3Client:
                     finish(fields)
                 return Reply(fields, attempt)
             except Exception as reason:
-                error = self._judge(reason, what)
-                if isinstance(error, FileNotFoundError) and operation in MAKERS:
-                    error = StorageUnanswered(f"{error}: the store answers a put with 'no such object'")
+                error = self._judge(reason, operation, what)
                 if not isinstance(error, StorageUnanswered):
                     raise error from reason
                 if attempt >= self.options.attempts:
@@ -225,7 +223,7 @@ class S3Client:
         clock = self._clock
         return time.time() if clock is None else clock[0] + time.monotonic() - clock[1]
 
-    def _judge(self, reason: Exception, what: str) -> Exception:
+    def _judge(self, reason: Exception, operation: str, what: str) -> Exception:
         """The error to raise for what boto3 or the network raised; StorageUnanswered if another attempt may help."""
         from botocore import exceptions
         from botocore.parsers import ResponseParserError
@@ -233,7 +231,7 @@ class S3Client:
 
         at = f"{self.place}: {what}"
         if isinstance(reason, exceptions.ClientError):
-            return self._judge_answer(reason.response, at)
+            return self._judge_answer(reason.response, operation, at)
         if isinstance(reason, exceptions.NoCredentialsError | exceptions.PartialCredentialsError):
             return StorageError(f"{at}: no credentials: set credentials_file or profile in [repository.s3]")
         if isinstance(reason, exceptions.SSLError):
@@ -253,7 +251,7 @@ class S3Client:
             return StorageError(f"{at}: {reason}")
         return reason
 
-    def _judge_answer(self, answer: Mapping[str, Any], at: str) -> Exception:
+    def _judge_answer(self, answer: Mapping[str, Any], operation: str, at: str) -> Exception:
         error, metadata = answer.get("Error", {}), answer.get("ResponseMetadata", {})
         code, status = str(error.get("Code", "")), int(metadata.get("HTTPStatusCode", 0))
         self._note_time(metadata.get("HTTPHeaders", {}))
@@ -264,6 +262,8 @@ class S3Client:
         if status == 416:
             return BeyondEnd(at)
         if status == 404 and code not in ("NoSuchBucket", "NoSuchUpload"):
+            if operation in MAKERS:
+                return StorageUnanswered(f"{at}: the store answers a put with 'no such object'")
             return FileNotFoundError(at)
         message = f"{at}: {ADVICE.get(code) or error.get('Message') or 'refused'} ({code or 'no code'}, HTTP {status})"
         if code in AGAIN or status in (409, 429) or (status >= 500 and code not in NEVER):

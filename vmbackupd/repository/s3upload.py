@@ -177,7 +177,7 @@ def _complete(
             UploadId=upload_id,
             MultipartUpload={"Parts": sent},
         )
-    except (StorageError, FileNotFoundError, Taken):
+    except (StorageError, Taken):
         try:
             found = client.call("head_object", what, Key=key)
         except (BackupError, FileNotFoundError):
