@@ -208,6 +208,14 @@ def test_external_snapshot_and_commit(lab: Lab, plain_guest: Guest) -> None:
     assert plain_guest.exec("cat /mnt/data/through-overlay; rm /mnt/data/through-overlay") == b"kept\n"
 
 
+def test_an_agent_that_hangs_is_restarted_at_once(plain_guest: Guest) -> None:
+    """Stopped, it hangs as one whose handler of SIGTERM waits for a lock."""
+    assert plain_guest.exec("systemctl show --property=KillSignal --value qemu-guest-agent") == b"9\n"
+    plain_guest.exec("systemctl kill --signal=STOP qemu-guest-agent")
+    plain_guest.restart_agent("")
+    assert plain_guest.agent("guest-ping") == {}
+
+
 def test_a_restricted_agent_and_a_guest_without_python(plain_guest: Guest) -> None:
     with plain_guest.agent_restricted(), pytest.raises(libvirt.libvirtError, match="disabled"):
         plain_guest.agent("guest-exec", path="/bin/true")

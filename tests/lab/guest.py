@@ -100,6 +100,16 @@ def _network_source(lun: Lun) -> str:
     return f"<source protocol='iscsi' name='{lun.iqn}/{lun.lun}'><host name='{host}' port='{port}'/></source>"
 
 
+END_AGENT_BY_KILL = """
+set -e
+mkdir -p /run/systemd/system/qemu-guest-agent.service.d
+echo '[Service]\nKillSignal=SIGKILL' > /run/systemd/system/qemu-guest-agent.service.d/kill.conf
+systemctl daemon-reload
+"""
+"""What a guest does once it is up, so that systemd never waits for its agent's end. qemu-ga's handler of SIGTERM takes
+a lock that the main loop may hold that moment: then it hangs until systemd kills it 90 s later."""
+
+
 HOLD_TRACEPOINTS = """
 set -e
 cd /sys/kernel/tracing
@@ -226,6 +236,7 @@ class Guest:
             if failed:
                 raise LabError(failed)
             until(self._answers, max(1.0, end - time.monotonic()), "guest agent answers through libvirt", 0.1)
+            self.exec(END_AGENT_BY_KILL)
             if not self.lab.kvm:
                 self.exec(HOLD_TRACEPOINTS)
         except LabError as error:
@@ -321,8 +332,8 @@ class Guest:
         as that of Red Hat Enterprise Linux up to 9.3.
         """
         files = [f"guest-file-{verb}" for verb in ("open", "close", "read", "write", "seek", "flush")]
-        self.restart_agent(option or "-b" + ",".join(("guest-exec", "guest-exec-status", *files)))
         try:
+            self.restart_agent(option or "-b" + ",".join(("guest-exec", "guest-exec-status", *files)))
             yield
         finally:
             self.restart_agent("")
