@@ -267,13 +267,13 @@ class Collector:
 
     def _tell_waiting(self) -> None:
         """Whom the verdicts that still stand wait for."""
-        present = self._catalog.list_packs()
+        present = self._catalog.pack_ids()
         waiting: set[bytes] = set()
         holders: set[str] = set()
         for verdict in self._verdicts.listed():
             names = self._verdicts.holders(verdict)
             if names:
-                waiting |= verdict.packs & present.keys()
+                waiting |= verdict.packs & present
                 holders.update(names)
         self.result.waiting_packs = len(waiting)
         self.result.waiting_for = sorted(holders)

@@ -111,7 +111,8 @@ def test_a_collector_was_killed_once_it_had_removed_packs(
         patch.setattr(Catalog, "drop_gone", killed)
         repository.gc()
     with reopen(path, SMALL) as other:
-        assert other.catalog.refresh() and other.catalog.covered() > other.catalog.pack_ids()
+        assert other.catalog.refresh()
+        assert other.catalog.covered() > other.catalog.pack_ids()
         other.gc()
         assert other.catalog.covered() == other.catalog.pack_ids()
         assert read(other, "two") == noise(6, 10)
