@@ -35,6 +35,7 @@ STRAGGLER_DEADLINE = 60.0  # seconds an operation that overran the budget may st
 class _Freeze:
     """The frozen section under way: when it began, and what overran the budget and has yet to end."""
 
+    vm: str
     budget: float
     began: float = field(default_factory=time.monotonic)
     frozen: bool = False
@@ -50,9 +51,16 @@ class _Freeze:
         task = asyncio.ensure_future(work)
         await asyncio.wait({task}, timeout=self.left)
         if not task.done():
+            task.add_done_callback(self._ended)
             self.stragglers.append(task)  # type: ignore[arg-type]
             raise TimeoutError
         return task.result()
+
+    def _ended(self, straggler: asyncio.Future[T]) -> None:
+        """The backup has failed by then, and with a better reason; but an error is said."""
+        error = None if straggler.cancelled() else straggler.exception()
+        if error is not None:
+            log.warning("VM %s: what overran the freeze budget of %g s has failed: %s", self.vm, self.budget, error)
 
 
 async def run(ctx: BackupContext) -> None:
@@ -107,7 +115,7 @@ async def _frozen_section(ctx: BackupContext, paths: dict[str, str], served: dic
     budget = ctx.freeze_budget
     await ctx.helper.arm(budget + DEADMAN_MARGIN)
     ctx.entries["thaw"] = ctx.journal.record("thaw")
-    freeze = _Freeze(budget)
+    freeze = _Freeze(ctx.vm, budget)
     failure: BaseException | None = None
     try:
         await _snapshot_frozen(ctx, freeze, paths, served)
