@@ -65,13 +65,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Where a test fails that has guests, their kernels' last words are part of the report."""
+    """Where a test fails that has guests, their kernels' last words are part of the report, and all of it is said at
+    once: a run may be cut short before its summary."""
     report = yield
+    if not report.failed:
+        return report
     opened = getattr(item, "funcargs", {}).get("lab")
-    if report.failed and opened is not None:
+    if opened is not None:
+        from tests.lab.silence import words_of
+
         for guest in sorted(opened.guests, key=lambda guest: guest.name):
-            report.sections.append((f"kernel log of guest {guest.name}", guest.kernel_log(40)))
+            report.sections.append((f"kernel log of guest {guest.name}", words_of(guest)))
+    terminal = item.config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None:
+        terminal.write_sep("_", f"{report.when} of {item.nodeid} failed")
+        for title, text in [("", report.longreprtext), *report.sections]:
+            terminal.write_line(f"{title}\n{text}")
     return report
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What needs a guest that fell silent fails at once, instead of waiting for it in vain."""
+    wanted = LAB_FIXTURES & set(getattr(item, "fixturenames", ()))
+    if wanted:
+        from tests.lab.silence import silent_among
+
+        silent = silent_among(wanted)
+        if silent is not None:
+            pytest.fail(silent, pytrace=False)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,13 +11,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import libvirt
-import libvirt_qemu
 import pytest
 
-from tests.lab import volumes, writer
+from tests.lab import silence, volumes, writer
 from tests.lab.guest import MOUNTS, CommandFailed, Guest
 from tests.lab.lab import Lab
-from tests.lab.services import until
+from tests.lab.services import LabError, until
 from tests.lab.workload import Workload
 
 
@@ -84,11 +84,24 @@ def test_every_volume_is_there(fixture: str, request: pytest.FixtureRequest, lab
 
 
 def test_the_lun_is_real_passthrough(plain_guest: Guest) -> None:
-    answer = libvirt_qemu.qemuMonitorCommand(
-        plain_guest.domain, "info qtree", libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP
-    )
-    assert "scsi-block" in answer
+    assert "scsi-block" in plain_guest.monitor("info qtree")
     assert plain_guest.exec("cat /sys/block/sda/device/vendor").strip() == b"VMBKLAB"
+
+
+def test_a_guest_that_falls_silent_leaves_its_last_words(plain_guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(command: str, **_: object) -> bytes:
+        raise LabError("no answer to " + command)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plain_guest, "exec", silent)
+        patch.setattr(silence, "SILENT", {})
+        said = silence.words_of(plain_guest)
+        assert silence.silent_among(["lab"]) is None
+        assert "no answer to dmesg" in (silence.silent_among(["lab", "plain_guest"]) or "")
+    plain_guest.exec("dmesg --console-level 4")
+    assert re.search("^[RE]IP=", said, re.MULTILINE)
+    assert "sysrq: Show backtrace of all active CPUs" in said
+    assert "sysrq: Show Blocked State" in said
 
 
 TRACERS = """

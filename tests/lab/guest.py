@@ -68,6 +68,7 @@ def domain_xml(
         "<features><acpi/></features>",
         "<cpu mode='host-passthrough'/>" if kvm else "<cpu mode='maximum'/>",
         "<on_poweroff>destroy</on_poweroff><on_reboot>restart</on_reboot><on_crash>destroy</on_crash><devices>",
+        "" if kvm else f"<emulator>{ONE_THREAD}</emulator>",
     ]
     for target, source, form, serial in disks:
         kind = "network" if isinstance(source, Lun) else "file"
@@ -100,32 +101,8 @@ def _network_source(lun: Lun) -> str:
     return f"<source protocol='iscsi' name='{lun.iqn}/{lun.lun}'><host name='{host}' port='{port}'/></source>"
 
 
-END_AGENT_BY_KILL = """
-set -e
-mkdir -p /run/systemd/system/qemu-guest-agent.service.d
-echo '[Service]\nKillSignal=SIGKILL' > /run/systemd/system/qemu-guest-agent.service.d/kill.conf
-systemctl daemon-reload
-"""
-"""What a guest does once it is up, so that systemd never waits for its agent's end. qemu-ga's handler of SIGTERM takes
-a lock that the main loop may hold that moment: then it hangs until systemd kills it 90 s later."""
-
-
-HOLD_TRACEPOINTS = """
-set -e
-cd /sys/kernel/tracing
-[ ! -e instances/lab2 ] || exit 0
-echo 0 > /sys/devices/system/cpu/cpu1/online
-for number in 1 2; do
-    mkdir instances/lab$number
-    echo 0 > instances/lab$number/tracing_on
-    echo 1 > instances/lab$number/events/block/enable
-done
-echo 1 > /sys/devices/system/cpu/cpu1/online
-"""
-"""What an emulated guest does once it is up. A kernel patches its code when a tracepoint gets its first or second
-consumer or loses it, and QEMU before 8.1, which translates a page without a lock on it, kills it by that when it
-emulates more than one CPU. With two consumers on each block tracepoint, taken while one CPU is on, those of the tracker
-patch nothing. They record nothing."""
+ONE_THREAD = Path(__file__).parent / "qemu-one-thread"
+HUMAN_MONITOR = libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP
 
 
 class LabAgent:
@@ -236,9 +213,6 @@ class Guest:
             if failed:
                 raise LabError(failed)
             until(self._answers, max(1.0, end - time.monotonic()), "guest agent answers through libvirt", 0.1)
-            self.exec(END_AGENT_BY_KILL)
-            if not self.lab.kvm:
-                self.exec(HOLD_TRACEPOINTS)
         except LabError as error:
             raise LabError(f"{self.name}: {error}\nconsole:\n{self.console()[-4000:]}") from error
 
@@ -309,11 +283,36 @@ class Guest:
         return self.console_path.read_text(errors="replace") if self.console_path.exists() else ""
 
     def kernel_log(self, lines: int) -> str:
-        """The end of the kernel's log, or why there is none to be had: for reports, so it raises nothing of its own."""
+        """The end of the kernel's log. Raises LabError when the guest does not answer."""
         try:
-            return self.exec(f"dmesg | tail -n {lines}", timeout=10).decode(errors="replace")
-        except (LabError, CommandFailed, libvirt.libvirtError, OSError) as error:
-            return f"(not told: {error})"
+            return self.exec(f"dmesg | tail -n {lines}", timeout=30).decode(errors="replace")
+        except (CommandFailed, libvirt.libvirtError, OSError) as error:
+            raise LabError(f"{self.name}: {error}") from error
+
+    def monitor(self, command: str) -> str:
+        """What QEMU's human monitor answers to ``command``. Raises libvirt.libvirtError."""
+        return str(libvirt_qemu.qemuMonitorCommand(self.domain, command, HUMAN_MONITOR))
+
+    def last_words(self) -> str:
+        """Of a guest that does not answer: where its CPUs are, what its kernel says of tasks that are blocked, and what
+        was on its console before. Raises LabError when QEMU does not answer either.
+        """
+        try:
+            registers = self.monitor("info registers -a").splitlines()
+            for key in ("7", "l", "w"):  # log level 7, backtraces of the CPUs, tasks that are blocked
+                self.monitor(f"sendkey alt-sysrq-{key}")
+        except (libvirt.libvirtError, OSError) as error:
+            raise LabError(f"{self.name}: QEMU does not answer either: {error}") from error
+        self._wait_console()
+        return "\n".join([*(line for line in registers if "IP=" in line), self.console()[-30000:]])
+
+    def _wait_console(self) -> None:
+        """Until nothing has come to the console for two seconds."""
+        length, since = -1, time.monotonic()
+        while time.monotonic() < since + 2:
+            if len(self.console()) != length:
+                length, since = len(self.console()), time.monotonic()
+            time.sleep(0.2)
 
     def hook_log(self) -> list[str]:
         """``freeze`` and ``thaw`` in the order in which the guest's fsfreeze hooks ran."""

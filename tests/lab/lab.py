@@ -26,7 +26,7 @@ from tests.lab.volumes import copy_file
 LOCK = Path("/tmp/vmbackupd-lab.lock")
 CMDLINE = (
     "console=ttyS0 loglevel=4 rw mitigations=off random.trust_cpu=on audit=0 apparmor=0 tsc=reliable no_timer_check "
-    "net.ifnames=0 systemd.show_status=no 8250.nr_uarts=1 cryptomgr.notests"
+    "net.ifnames=0 systemd.show_status=no 8250.nr_uarts=1 cryptomgr.notests sysrq_always_enabled"
 )
 KINDS = {
     "plain": (image.STANDARD, "plain", 640),

@@ -151,7 +151,7 @@ def words_of(xml: str) -> list[str]:
     root = ElementTree.fromstring(xml)
     kvm = root.get("type") == "kvm"
     words = [
-        "-machine", f"q35,accel={'kvm' if kvm else 'tcg'}", "-cpu", "host" if kvm else "max",
+        "-machine", "q35", "-accel", "kvm" if kvm else "tcg,thread=single", "-cpu", "host" if kvm else "max",
         "-m", root.findtext("memory") or "", "-smp", root.findtext("vcpu") or "",
         "-kernel", root.findtext("os/kernel") or "", "-initrd", root.findtext("os/initrd") or "",
         "-append", root.findtext("os/cmdline") or "",
@@ -224,6 +224,9 @@ class PlainGuest(Guest):
             return official.call(command, timeout, **words)
         finally:
             official.close()
+
+    def monitor(self, command: str) -> str:
+        return str(self.qemu.execute("human-monitor-command", command_line=command))
 
     def _stop(self) -> None:
         self.qemu.close()
