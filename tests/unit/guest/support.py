@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -51,8 +52,8 @@ class Relay:
             if self._stop in ready:
                 return
             client, _ = self._listener.accept()
-            with client, self._connect() as server:
-                self._carry(client, server)
+            with client, self._connect() as server, contextlib.suppress(ConnectionError):
+                self._carry(client, server)  # until one of them is gone: the other one sees it by our closing
 
     def _carry(self, client: socket.socket, server: socket.socket) -> None:
         other = {client: server, server: client}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import queue
 import random
 import shutil
 import socket
@@ -78,6 +79,26 @@ def tool(*command: str) -> str:
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_a_relay_carries_on_after_a_client_that_left_without_reading(tmp_path: Path) -> None:
+    ends: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
+
+    def pair() -> socket.socket:
+        ours, theirs = socket.socketpair()
+        ends.put(ours)
+        return theirs
+
+    with Relay(tmp_path / "relay", pair) as relay:
+        for _ in range(2):
+            client = socket.socket(socket.AF_UNIX)
+            client.connect(str(relay.path))
+            with ends.get(timeout=20) as server:
+                server.settimeout(20)
+                server.sendall(b"x" * 1000)
+                assert client.recv(1) == b"x"
+                client.close()  # with 999 bytes unread: the other side gets a reset instead of an end
+                assert server.recv(1) == b""
 
 
 def test_nbdinfo(relay: Relay) -> None:
