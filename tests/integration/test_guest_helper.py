@@ -253,7 +253,8 @@ async def _compare(rig: Rig, helper: GuestHelper, luns: Mapping[Path, str], dire
 
 
 def test_dead_man(lab: Lab, lvm_guest: Guest, tmp_path: Path) -> None:
-    """The helper is stopped in the freeze with the root volume suspended: the guest resumes and thaws by itself."""
+    """The helper is stopped in the freeze with the root volume suspended: the guest resumes and thaws by itself, and
+    thaws again what is frozen after that."""
 
     async def work(rig: Rig) -> None:
         helper = await rig.start()
@@ -273,6 +274,9 @@ def test_dead_man(lab: Lab, lvm_guest: Guest, tmp_path: Path) -> None:
         assert time.monotonic() - began > 0.5, "the guest was not frozen"
         lvm_guest.exec(f"kill -CONT {pid}")
         assert await rig.agent("guest-fsfreeze-status") == "frozen"  # the agent has not noticed
+        await rig.agent("guest-fsfreeze-thaw")
+        await rig.agent("guest-fsfreeze-freeze")  # late, like one that waited for a hook
+        await asyncio.to_thread(lvm_guest.exec, "touch /after && sync /after")
         await rig.agent("guest-fsfreeze-thaw")
         with pytest.raises(GuestHelperError):
             await helper.snap()

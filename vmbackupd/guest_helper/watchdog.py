@@ -2,7 +2,8 @@
 
 It is forked right before the freeze, locked into memory, and needs nothing but ioctls on descriptors it already has.
 When the host has not disarmed it in time, or the helper dies, it resumes every volume that is suspended and thaws every
-filesystem. It goes on resuming until it is told to end: a helper that was stopped half way may suspend again later.
+filesystem. It goes on until it is told to end: a helper that was stopped half way may suspend again later, and an agent
+whose freeze waited for a hook freezes when that has ended.
 """
 
 import errno
@@ -22,7 +23,7 @@ from .failures import HelperError
 FITHAW = 0xC0045878
 _MAX_NESTED = 16  # freezes of one filesystem by different tools
 _INTERVAL = 0.5
-_LONGEST_ROUNDS = 4096  # of resuming after it has fired: buffers are made beforehand
+_LONGEST_ROUNDS = 4096  # after it has fired: buffers are made beforehand
 
 
 class Watchdog:
@@ -147,6 +148,7 @@ class _Child:
         for _ in range(_LONGEST_ROUNDS):
             word = self._listen(_INTERVAL)
             self._resume()
+            self._thaw()
             if word == b"d":
                 self._say(b"1")
             if word is not None:
