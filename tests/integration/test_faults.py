@@ -16,6 +16,12 @@ from tests.lab.services import until
 
 pytestmark = pytest.mark.lab
 
+HOOK = "/etc/qemu/fsfreeze-hook"
+HANGING_HOOK = b"""#!/bin/sh
+[ "$1" != freeze ] || until [ -e /run/hook-ends ]; do sleep 0.1; done
+read -r uptime _ < /proc/uptime
+echo "$1 $uptime" >> /run/fsfreeze-hook.log
+"""
 KILLS = [
     "inspect:helper",
     "prepare:end",
@@ -111,6 +117,33 @@ def test_a_guest_whose_host_falls_silent_thaws_by_itself(service: Service, plain
         service.signal(signal.SIGCONT)
     pause.go()
     assert service.end(command, status=1)["error"]["code"] == "FreezeBudgetExceeded"
+
+
+def test_a_guest_that_a_hook_keeps_from_freezing_is_thawed_when_it_freezes_after_all(
+    service: Service, plain_guest: Guest
+) -> None:
+    """The agent answers nothing while the hook hangs, and freezes when it has ended, long after the backup failed."""
+    service.restart()
+    hooks, hook = plain_guest.hook_log(), plain_guest.read_file(HOOK)
+    plain_guest.write_file(HOOK, HANGING_HOOK, 0o755)
+    try:
+        code, message = service.fails("backup", plain_guest.name, "--freeze-budget", "3")
+        assert code == "FreezeBudgetExceeded" and "thawed as soon as" in message
+        (thaw,) = (job for job in service.ctl("jobs") if job["kind"] == "thaw")
+        assert (thaw["vm"], thaw["state"]) == (plain_guest.name, "running")
+        code, message = service.fails("backup", plain_guest.name)
+        assert code == "Busy" and thaw["id"] in message
+        assert plain_guest.hook_log() == hooks
+    finally:
+        plain_guest.exec("touch /run/hook-ends")
+
+    def thawed() -> bool:
+        return any(job["id"] == thaw["id"] and job["state"] == "succeeded" for job in service.ctl("jobs"))
+
+    until(thawed, 60, "the guest is thawed", 0.2)
+    assert plain_guest.hook_log() == [*hooks, "freeze", "thaw"]
+    plain_guest.write_file(HOOK, hook, 0o755)
+    plain_guest.exec("rm /run/hook-ends")
 
 
 def test_after_all_that_a_backup_works(service: Service, plain_guest: Guest) -> None:

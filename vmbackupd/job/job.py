@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
@@ -65,6 +65,12 @@ class Runner(Protocol):
 
     async def recover(self, job: JobContext) -> Result:
         """Undo what dead jobs left: ``{"recovered": [{"job", "vm", "undone": [...], "failed": [...]}]}``."""
+
+    def unthawed(self, running: Collection[str]) -> Mapping[str, str]:
+        """VMs that a job which is not ``running`` may have left frozen: uuid → name. Raises ``OSError``."""
+
+    async def thaw(self, job: JobContext, uuid: str, vm: str) -> Result:
+        """Thaw a VM as soon as its agent answers, then undo what else was left on it; answers like :meth:`recover`."""
 
     async def list_machines(self) -> list[Result]:
         """``[{"name", "uuid", "running"}]``."""

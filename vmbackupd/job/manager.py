@@ -3,6 +3,8 @@
 Jobs that move a VM's data share the places there are and wait for one. Care of the repository (forget, prune, gc,
 verify) and serving do not: they must not keep a backup waiting, nor wait for one. There is at most one gc and one
 verify; two at once would only read the same twice.
+
+Where a job ends without having seen its VM thawed, another begins that thaws the VM as soon as its agent answers.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
 from types import MappingProxyType
@@ -208,6 +211,18 @@ class JobManager:
         self._changed(job, {"new"})
         return job
 
+    def _start_thaws(self) -> None:
+        """Thaw every guest that a job left without having seen it thawed. Where another job works on the VM, that one's
+        end brings us here again."""
+        try:
+            unthawed = self._runner.unthawed(self._active())
+        except OSError as error:
+            log.error("whether a VM is left frozen cannot be told: %s", error)
+            return
+        for uuid, vm in unthawed.items():
+            with suppress(Busy):
+                self._start_beside("thaw", vm, f"vm:{uuid}", partial(self._runner.thaw, uuid=uuid, vm=vm))
+
     def _run_queued(self) -> None:
         while self._queue and len(self._tasks) - len(self._beside) < self._parallel:
             self._run(*self._queue.popleft())
@@ -256,6 +271,8 @@ class JobManager:
         self._claims = {resource: owner for resource, owner in self._claims.items() if owner is not job}
         job.finish(state, result=result, error=error)
         if not self._closing:
+            if job.kind != "thaw":  # one that ended in vain, or was cancelled, is not begun again by its own end
+                self._start_thaws()
             self._run_queued()
         ended = [old for old in self._jobs.values() if old.state.final]
         for old in ended[: max(0, len(ended) - HISTORY)]:
@@ -269,7 +286,10 @@ class JobManager:
             raise Busy(f"{what}: job {owner.id} ({owner.kind}, {owner.state}) works on it; wait for it or cancel it")
 
     def _others(self, job: Job) -> frozenset[str]:
-        return frozenset(other.id for other in self._jobs.values() if other is not job and not other.state.final)
+        return self._active() - {job.id}
+
+    def _active(self) -> frozenset[str]:
+        return frozenset(job.id for job in self._jobs.values() if not job.state.final)
 
     def _new_id(self) -> str:
         while True:

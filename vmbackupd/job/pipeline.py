@@ -73,7 +73,8 @@ async def _back_out(ctx: BackupContext, error: BaseException) -> None:
     ctx.observer.step("undo")
     task, _ = await to_the_end(_clean_up(ctx))
     for name, failure in task.result().failed:
-        left = f"could not be undone yet: {name}: {failure}; run vmbackupctl recover"
+        then = "it is tried until the guest agent answers" if name == "thaw" else "run vmbackupctl recover"
+        left = f"could not be undone yet: {name}: {failure}; {then}"
         error.add_note(left)
         ctx.observer.warning(left)
 

@@ -1,19 +1,27 @@
-"""Recovery: undo what the jobs of a dead daemon, or undos that failed, left on guests and host."""
+"""Recovery: undo what the jobs of a dead daemon, or undos that failed, left on guests and host.
+
+A thaw that could not be confirmed is tried until it is: a freeze that we gave up goes on in the guest agent. It may be
+waiting for a hook of the administrator's, and takes effect when that ends.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmbackupd.errors import BackupError, NotFound, NotRunning
 from vmbackupd.hypervisor.base import Hypervisor
 from vmbackupd.job import undo
 from vmbackupd.job.context import to_the_end
 from vmbackupd.job.journal import Journal, JournalCorrupt
 
 log = logging.getLogger("job.recovery")
+
+THAW_PAUSES = (1.0, 2.0, 5.0)  # seconds between two tries, the last one from then on
 
 
 def pending_journals(directory: Path, running: Collection[str] = ()) -> list[Path]:
@@ -76,6 +84,34 @@ async def recover(hypervisor: Hypervisor, path: Path) -> Recovered:
 async def recover_all(hypervisor: Hypervisor, directory: Path, running: Collection[str] = ()) -> list[Recovered]:
     """Recover every journal of a job that is not running."""
     return [await recover(hypervisor, path) for path in pending_journals(directory, running)]
+
+
+def unthawed(directory: Path, running: Collection[str] = ()) -> dict[str, str]:
+    """VMs that a job which is not ``running`` froze and nobody has seen thawed since: uuid → name."""
+    found = {}
+    for path in pending_journals(directory, running):
+        try:
+            journal = Journal.load(path)
+        except (JournalCorrupt, OSError):
+            continue  # whoever recovers it says so
+        if any(entry.undo == "thaw" for entry in journal.pending):
+            found[journal.header.uuid] = journal.header.vm
+        journal.close()
+    return found
+
+
+async def thaw(ctx: undo.UndoContext) -> None:
+    """Thaw a guest as soon as its agent answers, however long that takes. One that is off is not frozen."""
+    for number in itertools.count():
+        try:
+            await undo.thaw(ctx, {})
+            return
+        except (NotRunning, NotFound):
+            return
+        except (BackupError, OSError, TimeoutError) as error:
+            if number == 0:
+                log.warning("VM %s: it is not known to be thawed (%s): tried until the agent answers", ctx.vm, error)
+        await asyncio.sleep(THAW_PAUSES[min(number, len(THAW_PAUSES) - 1)])
 
 
 def journals_of(directory: Path, uuid: str, running: Collection[str] = ()) -> list[Path]:

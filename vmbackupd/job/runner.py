@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 
+from vmbackupd.config import Config
 from vmbackupd.errors import BackupError, HypervisorError
 from vmbackupd.host.udev import UdevWatch
-from vmbackupd.hypervisor.base import DomainInfo
+from vmbackupd.hypervisor.base import DomainInfo, Hypervisor
 from vmbackupd.hypervisor.storage_daemon import end_leftovers
 from vmbackupd.job import listing, pipeline, recovery
 from vmbackupd.job.backupid import backup_id
@@ -32,6 +33,10 @@ log = logging.getLogger("job.runner")
 
 class JobRunner(Exchange):
     """What the manager's jobs do. One instance a daemon; between jobs it keeps nothing but the journals on disk."""
+
+    def __init__(self, config: Config, hypervisor: Hypervisor) -> None:
+        super().__init__(config, hypervisor)
+        self._recovering = asyncio.Lock()  # two at a time would undo the same effects
 
     # Jobs
 
@@ -97,18 +102,24 @@ class JobRunner(Exchange):
         """
         job.observer.step("recover")
         await asyncio.to_thread(end_leftovers, self.config.runtime_directory)  # they lock images that are to be mended
-        recovered = await recovery.recover_all(self.hypervisor, self.journals, job.others())
+        async with self._recovering:
+            recovered = await recovery.recover_all(self.hypervisor, self.journals, job.others())
         await asyncio.to_thread(self._clean_repository)  # after the guests, which must not wait for a slow storage
-        for item in recovered:
-            for failed in item.failed:
-                job.observer.warning(f"VM {item.vm}: {failed.undo}: {failed.error}")
-        if any(item.failed for item in recovered):
-            first = next(item for item in recovered if item.failed)
-            raise HypervisorError(
-                f"VM {first.vm}: {first.failed[0].undo} of job {first.job} could not be undone: "
-                f"{first.failed[0].error}; mend that, then run vmbackupctl recover again"
-            )
-        return {"recovered": [item.to_dict() for item in recovered]}
+        return _told(job, recovered)
+
+    def unthawed(self, running: Collection[str]) -> Mapping[str, str]:
+        """VMs that a job which is not ``running`` may have left frozen: uuid → name."""
+        return recovery.unthawed(self.journals, running)
+
+    async def thaw(self, job: JobContext, uuid: str, vm: str) -> Result:
+        """Thaw a guest that a job may have left frozen as soon as its agent answers, then undo what else was left.
+
+        Raises ``HypervisorError`` naming what could not be undone; it stays in the journals.
+        """
+        job.observer.step("thaw")
+        await recovery.thaw(UndoContext(self.hypervisor, job.id, vm, uuid))
+        job.observer.step("recover")
+        return _told(job, await self._recover(job, uuid))
 
     # Listings
 
@@ -162,15 +173,21 @@ class JobRunner(Exchange):
         """
         domain = await self.hypervisor.domain(vm)
         job.claim(f"vm:{domain.uuid}")
-        for path in recovery.journals_of(self.journals, domain.uuid, job.others() | {job.id}):
+        if recovery.journals_of(self.journals, domain.uuid, job.others() | {job.id}):
             job.observer.step("recover")
-            recovered = await recovery.recover(self.hypervisor, path)
-            for failed in recovered.failed:
-                raise HypervisorError(
-                    f"VM {domain.name}: an earlier job ({recovered.job}) left something that cannot be undone: "
-                    f"{failed.undo}: {failed.error}; mend that, then run vmbackupctl recover"
-                )
+            for recovered in await self._recover(job, domain.uuid):
+                for failed in recovered.failed:
+                    raise HypervisorError(
+                        f"VM {domain.name}: an earlier job ({recovered.job}) left something that cannot be undone: "
+                        f"{failed.undo}: {failed.error}; mend that, then run vmbackupctl recover"
+                    )
         return await self.hypervisor.domain(domain.uuid)
+
+    async def _recover(self, job: JobContext, uuid: str) -> list[recovery.Recovered]:
+        """Undo what earlier jobs left on one VM."""
+        async with self._recovering:
+            paths = recovery.journals_of(self.journals, uuid, job.others() | {job.id})
+            return [await recovery.recover(self.hypervisor, path) for path in paths]
 
     @asynccontextmanager
     async def _context(
@@ -197,3 +214,17 @@ class JobRunner(Exchange):
                 except (BackupError, OSError) as error:
                     log.error("VM %s: closing the %s: %s", domain.name, what, error)
             journal.close()
+
+
+def _told(job: JobContext, recovered: list[recovery.Recovered]) -> Result:
+    """What was recovered. Raises ``HypervisorError`` naming what could not be undone; it stays in the journals."""
+    for item in recovered:
+        for failed in item.failed:
+            job.observer.warning(f"VM {item.vm}: {failed.undo}: {failed.error}")
+    for item in recovered:
+        for failed in item.failed:
+            raise HypervisorError(
+                f"VM {item.vm}: {failed.undo} of job {item.job} could not be undone: {failed.error}; mend that, then "
+                "run vmbackupctl recover again"
+            )
+    return {"recovered": [item.to_dict() for item in recovered]}

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,8 @@ class SmallRunner:
         self.undoing = asyncio.Event()
         self.calls: list[tuple[Any, ...]] = []
         self.backups: list[Result] = []
+        self.left_frozen: dict[str, str] = {}
+        self.answers = asyncio.Event()  # the guest agent of what is left frozen
         self.active = 0
         self.most_active = 0
 
@@ -165,6 +167,15 @@ class SmallRunner:
     async def recover(self, job: JobContext) -> Result:
         self.calls.append(("recover", job.others()))
         return {"recovered": [{"job": "j00000000", "vm": "web", "undone": ["thaw"], "failed": []}]}
+
+    def unthawed(self, running: Collection[str]) -> Mapping[str, str]:
+        return dict(self.left_frozen)
+
+    async def thaw(self, job: JobContext, uuid: str, vm: str) -> Result:
+        self.calls.append(("thaw", uuid, vm))
+        await self.answers.wait()
+        del self.left_frozen[uuid]
+        return {"recovered": []}
 
     async def forget(self, job: JobContext, backups: tuple[str, ...], dry_run: bool) -> Result:
         self.calls.append(("forget", backups, dry_run))

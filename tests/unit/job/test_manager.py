@@ -210,6 +210,46 @@ def test_recovery_at_start_never_raises() -> None:
     asyncio.run(main())
 
 
+def test_a_vm_that_a_job_left_frozen_is_thawed_by_another_that_holds_it_until_then() -> None:
+    async def main() -> None:
+        runner = SmallRunner()
+        manager = JobManager(runner, parallel=1)
+        runner.left_frozen["uuid-of-cold"] = "cold"
+        failed = await ended(manager.start_backup("cold", OPTIONS))
+        assert failed.state == "failed"
+        (thaw,) = (job for job in manager.jobs.values() if job.kind == "thaw")
+        assert (thaw.vm, thaw.state.value) == ("cold", "running")
+        assert (await ended(manager.start_backup("web", OPTIONS))).state == "succeeded"  # it takes none of the places
+        again = await ended(manager.start_backup("cold", OPTIONS))
+        assert isinstance(again.error, Busy) and thaw.id in str(again.error)
+        runner.answers.set()
+        assert (await ended(thaw)).state == "succeeded"
+        assert [call for call in runner.calls if call[0] == "thaw"] == [("thaw", "uuid-of-cold", "cold")]
+
+    asyncio.run(main())
+
+
+def test_a_thaw_that_was_cancelled_is_begun_again_at_the_end_of_the_next_job_but_not_at_that_of_the_daemon() -> None:
+    async def main() -> None:
+        runner = SmallRunner()
+        manager = JobManager(runner)
+        runner.left_frozen["uuid-of-web"] = "web"
+
+        def thaws() -> list[Job]:
+            return [job for job in manager.jobs.values() if job.kind == "thaw"]
+
+        await manager.recover_at_start()
+        (first,) = thaws()
+        first.cancel()
+        assert (await ended(first)).state == "cancelled" and thaws() == [first]
+        await ended(manager.start_recover())
+        _, second = thaws()
+        await asyncio.wait_for(manager.close(), DEADLINE)
+        assert second.state == "cancelled" and len(thaws()) == 2
+
+    asyncio.run(main())
+
+
 def test_the_work_knows_its_job_also_in_threads() -> None:
     class Curious(SmallRunner):
         async def inspect(self, job: JobContext, vm: str) -> Result:

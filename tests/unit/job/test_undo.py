@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from vmbackupd.errors import GuestAgentRefused, GuestHelperUnavailable, HypervisorError, NotRunning
+from vmbackupd.errors import (
+    BackupError,
+    GuestAgentRefused,
+    GuestAgentUnavailable,
+    GuestHelperUnavailable,
+    HypervisorError,
+    NotFound,
+    NotRunning,
+)
 from vmbackupd.guest.client import INSTALLED_TIMEOUT, GuestHelper
 from vmbackupd.job import recovery, undo
 from vmbackupd.job.journal import Header, Journal
@@ -101,6 +109,46 @@ def test_journals_of_running_jobs_are_left_alone(journal: Journal, tmp_path: Pat
     assert recovery.pending_journals(tmp_path, {"j00000001"}) == []
     assert recovery.journals_of(tmp_path, "another") == []
     assert recovery.journals_of(tmp_path, "u") == [journal.path]
+
+
+def test_a_vm_is_unthawed_until_its_thaw_is_confirmed(ctx: Recorder, journal: Journal, tmp_path: Path) -> None:
+    assert recovery.unthawed(tmp_path) == {"u": "web1"}
+    assert recovery.unthawed(tmp_path, {"j00000001"}) == {}
+    (tmp_path / "j00000002.jsonl").write_text("{}\n{}\n")  # damaged: told by a recovery
+    asyncio.run(undo.unwind(ctx, journal, only="thaw"))
+    assert recovery.unthawed(tmp_path) == {}
+
+
+class Agent:
+    """A guest agent that is silent for a while, then tells of a frozen guest until it is thawed."""
+
+    def __init__(self, *errors: BackupError) -> None:
+        self.errors, self.frozen = list(errors), True
+
+    async def agent(self, uuid: str, command: str, arguments: object, *, timeout: float) -> object:
+        if self.errors:
+            raise self.errors.pop(0)
+        if command == "guest-fsfreeze-thaw":
+            self.frozen = False
+            return 1
+        return "frozen" if self.frozen else "thawed"
+
+
+def test_a_thaw_is_tried_until_the_agent_answers(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(recovery, "THAW_PAUSES", (0.001, 0.002))
+    agent = Agent(*(GuestAgentUnavailable(f"try {number}") for number in range(5)))
+    asyncio.run(recovery.thaw(undo.UndoContext(agent, "j00000001", "web1", "u")))  # type: ignore[arg-type]
+    assert not agent.errors and not agent.frozen
+    assert [record.getMessage() for record in caplog.records] == [
+        "VM web1: it is not known to be thawed (try 0): tried until the agent answers"
+    ]
+
+
+@pytest.mark.parametrize("error", [NotRunning("web1 is off"), NotFound("there is no VM u")])
+def test_a_vm_that_is_off_needs_no_thaw(error: BackupError) -> None:
+    asyncio.run(recovery.thaw(undo.UndoContext(Agent(error), "j00000001", "web1", "u")))  # type: ignore[arg-type]
 
 
 class Restarted:

@@ -121,6 +121,7 @@ async def _frozen_section(ctx: BackupContext, paths: dict[str, str], served: dic
         await _snapshot_frozen(ctx, freeze, paths, served)
     except BaseException as error:
         failure = error
+    thawed = True
     try:
         if freeze.frozen:
             await _thaw(ctx)
@@ -128,18 +129,20 @@ async def _frozen_section(ctx: BackupContext, paths: dict[str, str], served: dic
     except (BackupError, OSError, TimeoutError) as error:
         if failure is None:
             raise
+        thawed = False
         failure.add_note(f"and the thaw failed: {error}")  # it stays in the journal, and the unwinding tries again
     ctx.freeze_ms = round((time.monotonic() - freeze.began) * 1000, 1)
     if freeze.stragglers:
         await asyncio.wait(freeze.stragglers, timeout=STRAGGLER_DEADLINE)
     if failure is not None and not isinstance(failure, TimeoutError):
         raise failure
-    fired = await ctx.helper.disarm()
+    fired = thawed and await ctx.helper.disarm()  # the guest's own guard stays where nobody has seen it thawed
     if failure is not None or fired or ctx.freeze_ms > budget * 1000:
         by_itself = " (it thawed by itself)" if fired else ""
+        state = "it is thawed" if thawed else "its agent does not answer, it is thawed as soon as that does,"
         raise FreezeBudgetExceeded(
             f"VM {ctx.vm} was frozen for {ctx.freeze_ms:.0f} ms{by_itself}, over the budget of {budget * 1000:.0f} ms: "
-            "it is thawed and the backup is undone. Try at a quieter time, look at the guest's fsfreeze hooks, or "
+            f"{state} and the backup is undone. Try at a quieter time, look at the guest's fsfreeze hooks, or "
             "raise the budget"
         )
 
