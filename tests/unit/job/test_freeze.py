@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+from types import SimpleNamespace
 
 import pytest
 
 from vmbackupd.errors import GuestAgentUnavailable
-from vmbackupd.job.steps.t1_snapshot import _Freeze
+from vmbackupd.job.steps.t1_snapshot import _Freeze, _snapshot_frozen
 
 
 def test_what_is_in_time_gives_its_result_or_its_error() -> None:
@@ -27,6 +28,21 @@ def test_what_is_in_time_gives_its_result_or_its_error() -> None:
         assert not freeze.stragglers
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("budget", [0.5, 20.0, 300.0])
+def test_the_agent_may_take_the_whole_budget_to_freeze(budget: float) -> None:
+    class Context:
+        coverage = SimpleNamespace(volumes=(), pre_copied=())
+        t1 = 0.0
+
+        async def agent(self, command: str, *, timeout: float) -> int:
+            assert command == "guest-fsfreeze-freeze" and timeout > budget
+            return 3
+
+    ctx = Context()
+    asyncio.run(_snapshot_frozen(ctx, _Freeze("web1", budget), {}, {}))  # type: ignore[arg-type]
+    assert ctx.frozen_filesystems == 3  # type: ignore[attr-defined]
 
 
 def test_what_overran_the_budget_goes_on_and_its_error_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

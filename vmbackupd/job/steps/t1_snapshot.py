@@ -27,6 +27,7 @@ T = TypeVar("T")
 log = logging.getLogger("job.t1")
 
 DEADMAN_MARGIN = 1.0  # seconds past the budget: a thaw of ours that comes in time is not overtaken by the guest's own
+AGENT_MARGIN = 10.0  # seconds past the budget that the agent has for its answer: what ends first is the budget
 CAPTURE_SHARE = 0.8  # of what is left of the budget may go into the capture, so that the thaw comes in time
 STRAGGLER_DEADLINE = 60.0  # seconds an operation that overran the budget may still take to end, after the thaw
 
@@ -153,7 +154,7 @@ async def _snapshot_frozen(
     """What happens between freeze and thaw: ``paths`` are overlays, ``served`` scratch images, by target. Raises
     ``TimeoutError`` past the budget."""
     assert ctx.coverage is not None
-    frozen = await freeze.within(ctx.agent("guest-fsfreeze-freeze"))
+    frozen = await freeze.within(ctx.agent("guest-fsfreeze-freeze", timeout=freeze.budget + AGENT_MARGIN))
     freeze.frozen = True
     ctx.frozen_filesystems = frozen if isinstance(frozen, int) else 0
     await freeze.within(reach("t1-snapshot:frozen"))
