@@ -69,29 +69,10 @@ class Journal:
 
         Raises ``JournalCorrupt`` when a line other than the last is damaged.
         """
-        data = path.read_bytes()
-        lines = data.split(b"\n")
-        torn = lines.pop()  # after the last newline: empty, or a line that was cut off
-        try:
-            records = [json.loads(line) for line in lines]
-            head = records[0] if records else {"job": path.stem, "kind": "unknown", "vm": "", "uuid": ""}
-            header = Header(str(head["job"]), str(head["kind"]), str(head["vm"]), str(head["uuid"]))
-            pending: dict[int, Entry] = {}
-            last = 0
-            for record in records[1:]:
-                if "done" in record:
-                    pending.pop(int(record["done"]), None)
-                else:
-                    last = int(record["seq"])
-                    args = {str(key): str(value) for key, value in record["args"].items()}
-                    pending[last] = Entry(last, str(record["undo"]), args)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise JournalCorrupt(
-                f"journal {path} is damaged ({error}): see what its job left on the VM, then remove the file"
-            ) from error
+        header, pending, last, whole = _read(path)
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        if torn:
-            os.ftruncate(fd, len(data) - len(torn))
+        if os.fstat(fd).st_size > whole:
+            os.ftruncate(fd, whole)
         return cls(path, header, pending, fd, last)
 
     @property
@@ -129,3 +110,37 @@ class Journal:
             os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
             raise OSError(f"journal {self.path}: short write, the disk is full")
         os.fsync(self._fd)
+
+
+def look(path: Path) -> tuple[Header, list[Entry]]:
+    """Whose a journal is, and what is pending in it, without touching it: somebody may be at work on it.
+
+    Raises ``JournalCorrupt`` and ``OSError`` like :meth:`Journal.load`.
+    """
+    header, pending, _, _ = _read(path)
+    return header, list(pending.values())
+
+
+def _read(path: Path) -> tuple[Header, dict[int, Entry], int, int]:
+    """Header, pending entries by number, the last number, and the length of the whole lines in bytes."""
+    data = path.read_bytes()
+    lines = data.split(b"\n")
+    torn = lines.pop()  # after the last newline: empty, or a line that was cut off
+    try:
+        records = [json.loads(line) for line in lines]
+        head = records[0] if records else {"job": path.stem, "kind": "unknown", "vm": "", "uuid": ""}
+        header = Header(str(head["job"]), str(head["kind"]), str(head["vm"]), str(head["uuid"]))
+        pending: dict[int, Entry] = {}
+        last = 0
+        for record in records[1:]:
+            if "done" in record:
+                pending.pop(int(record["done"]), None)
+            else:
+                last = int(record["seq"])
+                args = {str(key): str(value) for key, value in record["args"].items()}
+                pending[last] = Entry(last, str(record["undo"]), args)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise JournalCorrupt(
+            f"journal {path} is damaged ({error}): see what its job left on the VM, then remove the file"
+        ) from error
+    return header, pending, last, len(data) - len(torn)

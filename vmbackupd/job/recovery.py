@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from vmbackupd.errors import BackupError, NotFound, NotRunning
 from vmbackupd.hypervisor.base import Hypervisor
 from vmbackupd.job import undo
 from vmbackupd.job.context import to_the_end
-from vmbackupd.job.journal import Journal, JournalCorrupt
+from vmbackupd.job.journal import Journal, JournalCorrupt, look
 
 log = logging.getLogger("job.recovery")
 
@@ -90,13 +91,10 @@ def unthawed(directory: Path, running: Collection[str] = ()) -> dict[str, str]:
     """VMs that a job which is not ``running`` froze and nobody has seen thawed since: uuid → name."""
     found = {}
     for path in pending_journals(directory, running):
-        try:
-            journal = Journal.load(path)
-        except (JournalCorrupt, OSError):
-            continue  # whoever recovers it says so
-        if any(entry.undo == "thaw" for entry in journal.pending):
-            found[journal.header.uuid] = journal.header.vm
-        journal.close()
+        with suppress(JournalCorrupt, OSError):  # whoever recovers it says so
+            header, pending = look(path)
+            if any(entry.undo == "thaw" for entry in pending):
+                found[header.uuid] = header.vm
     return found
 
 
@@ -119,11 +117,10 @@ def journals_of(directory: Path, uuid: str, running: Collection[str] = ()) -> li
     found = []
     for path in pending_journals(directory, running):
         try:
-            journal = Journal.load(path)
+            header, _ = look(path)
         except (JournalCorrupt, OSError):
             found.append(path)
             continue
-        if journal.header.uuid == uuid:
+        if header.uuid == uuid:
             found.append(path)
-        journal.close()
     return found

@@ -111,6 +111,17 @@ def test_journals_of_running_jobs_are_left_alone(journal: Journal, tmp_path: Pat
     assert recovery.journals_of(tmp_path, "u") == [journal.path]
 
 
+def test_a_look_at_a_journal_takes_it_from_nobody_who_works_on_it(
+    ctx: Recorder, journal: Journal, tmp_path: Path
+) -> None:
+    asyncio.run(undo.unwind(ctx, journal))
+    assert not journal.pending
+    assert recovery.journals_of(tmp_path, "u") == [journal.path] and recovery.unthawed(tmp_path) == {}
+    assert journal.path.exists()
+    journal.close()
+    assert not journal.path.exists()
+
+
 def test_a_vm_is_unthawed_until_its_thaw_is_confirmed(ctx: Recorder, journal: Journal, tmp_path: Path) -> None:
     assert recovery.unthawed(tmp_path) == {"u": "web1"}
     assert recovery.unthawed(tmp_path, {"j00000001"}) == {}
